@@ -1,0 +1,178 @@
+"""The nouns: token signals, candidates, the set drawn at one step, and the selection among them.
+
+Everything here is plain frozen data that knows no framework. ``to_builtins`` and ``from_builtins`` turn it into what a
+checkpoint may hold (dict, list, str, int, float, bytes) and back.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ec_agents.errors import ConfigError, StateError
+
+Floats = NDArray[np.float32]
+Reason = Literal["ranked", "tie_break", "only_one", "only_sound", "fallback", "all_flawed"]
+
+FORMAT = 1
+"""Version of the builtins form of candidates."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenSignals:
+    """What is kept of the log-probabilities of one response: three numbers a token.
+
+    Raises:
+        ConfigError: The arrays are not one-dimensional and equally long.
+    """
+
+    entropies: Floats
+    """Token entropies, ``(T,)``, nats, renormalised over the top K; NaN = missing."""
+    logprobs: Floats
+    """Log-probability of the drawn token, ``(T,)``, nats; NaN = missing."""
+    confidences: Floats
+    """DeepConf token confidence, ``(T,)``: minus the mean of the K log-probabilities, nats; NaN = missing."""
+    n_alternatives: int
+    """K, the largest number of alternatives that a token came with."""
+
+    def __post_init__(self) -> None:
+        """Check the shapes."""
+        shapes = {a.shape for a in (self.entropies, self.logprobs, self.confidences)}
+        if len(shapes) != 1 or self.entropies.ndim != 1:
+            raise ConfigError(f"three arrays of one shape (T,) are needed; found shapes {sorted(shapes)}")
+
+    @property
+    def n_tokens(self) -> int:
+        """T, missing tokens counted."""
+        return len(self.entropies)
+
+    @property
+    def n_missing(self) -> int:
+        """How many tokens have no entropy."""
+        return int(np.isnan(self.entropies).sum())
+
+    def to_bytes(self) -> bytes:
+        """The three arrays as packed little-endian float32, one after the other."""
+        return np.stack((self.entropies, self.logprobs, self.confidences)).astype("<f4").tobytes()
+
+    @classmethod
+    def from_bytes(cls, packed: bytes, n_alternatives: int) -> Self:
+        """Undo ``to_bytes``.
+
+        Raises:
+            StateError: The length is not a multiple of three float32.
+        """
+        if len(packed) % 12:
+            raise StateError(f"packed signals must be three float32 arrays; found {len(packed)} bytes")
+        entropies, logprobs, confidences = np.frombuffer(packed, "<f4").astype(np.float32).reshape(3, -1)
+        return cls(entropies=entropies, logprobs=logprobs, confidences=confidences, n_alternatives=n_alternatives)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One of the N responses of a step."""
+
+    index: int
+    """Position among the N calls, from 0."""
+    content: str = ""
+    """Text of the answer."""
+    tool_calls: Sequence[Mapping[str, Any]] = ()
+    """Tool calls, each with ``name``, ``args`` and, if known, ``id``."""
+    finish_reason: str | None = None
+    """Why the model stopped, as the provider says it: ``stop``, ``length``, ``tool_calls``, …"""
+    signals: TokenSignals | None = None
+    """None: nothing to measure."""
+    usage: Mapping[str, int] | None = None
+    """Token counts of this response, if reported: ``input_tokens``, ``output_tokens``, ``total_tokens``."""
+    flaws: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Name of each flaw found so far → what was found."""
+
+    def to_builtins(self) -> dict[str, Any]:
+        """The candidate as builtins only."""
+        return {
+            "format": FORMAT,
+            "index": self.index,
+            "content": self.content,
+            "tool_calls": [dict(call) for call in self.tool_calls],
+            "finish_reason": self.finish_reason,
+            "signals": None if self.signals is None else self.signals.to_bytes(),
+            "n_alternatives": 0 if self.signals is None else self.signals.n_alternatives,
+            "usage": None if self.usage is None else dict(self.usage),
+            "flaws": dict(self.flaws),
+        }
+
+    @classmethod
+    def from_builtins(cls, data: Mapping[str, Any]) -> Self:
+        """Undo ``to_builtins``.
+
+        Raises:
+            StateError: Another version wrote the data, or a field is missing.
+        """
+        if data.get("format") != FORMAT:
+            raise StateError(
+                f"candidates in format {data.get('format')!r} found in the state, {FORMAT} needed: another version of "
+                "ec_agents wrote this checkpoint; finish the run with that version or start the step again"
+            )
+        fields = {name: value for name, value in data.items() if name not in ("format", "n_alternatives")}
+        try:
+            if fields["signals"] is not None:
+                fields["signals"] = TokenSignals.from_bytes(fields["signals"], data["n_alternatives"])
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise StateError(f"a candidate in the state is incomplete: {error}") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateSet:
+    """What the N calls of one step gave."""
+
+    candidates: Sequence[Candidate]
+    """The responses, in index order; failed calls are not among them."""
+    messages: Mapping[int, Any] = field(default_factory=dict[int, Any])
+    """Whatever each call returned, keyed by candidate index."""
+    failures: Mapping[int, BaseException] = field(default_factory=dict[int, BaseException])
+    """What each failed call raised, keyed by candidate index."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The choice among the candidates of a step, with its evidence."""
+
+    chosen: int
+    """Index of the chosen candidate."""
+    order: Sequence[int]
+    """Candidate indexes from best to worst."""
+    scores: Mapping[int, float | None]
+    """Score of each candidate; None = could not be scored."""
+    margin: float | None
+    """Distance between the best two scores that were ranked together; None if there are no two."""
+    reason: Reason
+    """Why this one.
+
+    ``ranked``: best score; ``tie_break``: equal best scores; ``only_one``: there was one candidate; ``only_sound``: all
+    others are flawed; ``fallback``: nothing to rank by; ``all_flawed``: the least flawed one.
+    """
+    selector: str
+    """Name of the scorer that ranked."""
+    flaws: Mapping[int, Mapping[str, str]] = field(default_factory=dict[int, Mapping[str, str]])
+    """Flaws of each flawed candidate: name → what was found."""
+    n_tokens: Mapping[int, int] = field(default_factory=dict[int, int])
+    """Tokens of each candidate that has signals."""
+    n_phases: Mapping[int, int] = field(default_factory=dict[int, int])
+    """High-entropy phases of each candidate that the scorer found some in."""
+
+    def to_builtins(self) -> dict[str, Any]:
+        """The selection as builtins only; candidate indexes become strings, as in JSON."""
+        return {
+            "chosen": self.chosen,
+            "order": list(self.order),
+            "scores": {str(i): score for i, score in self.scores.items()},
+            "margin": self.margin,
+            "reason": self.reason,
+            "selector": self.selector,
+            "flaws": {str(i): dict(flaws) for i, flaws in self.flaws.items()},
+            "n_tokens": {str(i): n for i, n in self.n_tokens.items()},
+            "n_phases": {str(i): n for i, n in self.n_phases.items()},
+        }

@@ -1,0 +1,197 @@
+# pyright: basic, reportMissingImports=false
+"""Trains the embedded model from scratch: ``python -m ec_agents.embedded.train --steps 6000 --out weights.npz``.
+
+Needs PyTorch (extra ``train``); nothing else in the package does. The network is the one of ``transformer.py``: RMSNorm,
+rotary positions, causal attention, SwiGLU, tied embeddings. Muon trains the hidden matrices, AdamW the rest; the loss is
+on the response tokens only. Examples are drawn afresh from a seeded generator, so none is seen twice on purpose.
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ec_agents.embedded import vocabulary
+from ec_agents.embedded.traces import Example, make_example
+from ec_agents.embedded.transformer import Shape
+
+POOL = 2048
+"""Examples drawn at once, sorted by length and cut into batches."""
+BATCH_TOKENS = 4096
+"""Tokens in a batch, padding included."""
+
+
+class Layer(nn.Module):
+    """One block: attention, then a gated feed-forward network, each on a normalised copy."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.heads = shape.heads
+        self.attn_norm = nn.Parameter(torch.ones(shape.width))
+        self.qkv = nn.Linear(shape.width, 3 * shape.width, bias=False)
+        self.out = nn.Linear(shape.width, shape.width, bias=False)
+        self.mlp_norm = nn.Parameter(torch.ones(shape.width))
+        self.gate_up = nn.Linear(shape.width, 2 * shape.hidden, bias=False)
+        self.down = nn.Linear(shape.hidden, shape.width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """One block over ``(batch, time, width)``."""
+        batch, length, width = x.shape
+        qkv = self.qkv(F.rms_norm(x, (width,), self.attn_norm, 1e-5))
+        q, k, v = qkv.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        gate, up = self.gate_up(F.rms_norm(x, (width,), self.mlp_norm, 1e-5)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class Decoder(nn.Module):
+    """The language model."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embed = nn.Parameter(torch.randn(shape.vocabulary, shape.width) * 0.02)
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
+        self.norm = nn.Parameter(torch.ones(shape.width))
+        for layer in self.layers:
+            nn.init.zeros_(layer.out.weight)
+            nn.init.zeros_(layer.down.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Final hidden states, ``(batch, time, width)``."""
+        angle = torch.arange(ids.shape[1])[:, None] * torch.tensor(self.shape.frequencies())
+        x = self.embed[ids]
+        for layer in self.layers:
+            x = layer(x, angle.cos(), angle.sin())
+        return F.rms_norm(x, (self.shape.width,), self.norm, 1e-5)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix is replaced by its nearest orthogonal one (Newton-Schulz iterations).
+
+    Works like ``torch.optim.Muon``, which iterates in bfloat16; float32 is some ten times as fast on a CPU.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update every matrix."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+                velocity.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonal(p.grad.lerp(velocity, group["momentum"]))
+                p.sub_(update, alpha=group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """Nearly the closest orthogonal matrix, by five quintic Newton-Schulz iterations."""
+    tall = x.shape[0] > x.shape[1]
+    x = (x.T if tall else x) / (x.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: the two halves of each head are the coordinates that turn together."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+
+def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless ``(ids, is_response)`` batches, each ``(batch, time)``."""
+    rng = random.Random(seed)
+    while True:
+        pool = sorted((make_example(rng) for _ in range(POOL)), key=lambda e: len(e.prompt) + len(e.response))
+        groups: list[list[Example]] = [[]]
+        for example in pool:
+            if (len(groups[-1]) + 1) * (len(example.prompt) + len(example.response)) > BATCH_TOKENS:
+                groups.append([])
+            groups[-1].append(example)
+        rng.shuffle(groups)
+        yield from map(collate, groups)
+
+
+def collate(examples: list[Example]) -> tuple[Tensor, Tensor]:
+    """Pad examples on the right."""
+    length = max(len(e.prompt) + len(e.response) for e in examples)
+    ids = torch.zeros(len(examples), length, dtype=torch.long)
+    learn = torch.zeros(len(examples), length, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        end = len(example.prompt) + len(example.response)
+        ids[row, :end] = torch.tensor(example.prompt + example.response)
+        learn[row, len(example.prompt) : end] = True
+    return ids, learn
+
+
+def loss_of(model: Decoder, ids: Tensor, learn: Tensor) -> Tensor:
+    """Mean cross-entropy of the response tokens, nats."""
+    learned = learn[:, 1:]
+    hidden = model(ids[:, :-1])[learned]
+    return F.cross_entropy(hidden @ model.embed.T, ids[:, 1:][learned])
+
+
+def save(model: Decoder, path: Path) -> None:
+    """Write the weights as float16 arrays; the names are those that ``transformer.py`` reads."""
+    arrays = {
+        name.removesuffix(".weight"): p.detach().numpy().astype(np.float16) for name, p in model.named_parameters()
+    }
+    np.savez(path, **arrays)
+
+
+def train(steps: int, out: Path, *, seed: int = 0) -> None:
+    """Train for ``steps`` batches and write the weights to ``out``, every 500 steps and at the end."""
+    torch.manual_seed(seed)
+    model = Decoder(Shape(vocabulary=vocabulary.SIZE))
+    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    optimizers = [
+        Muon(matrices, lr=0.02),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    schedule = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda i: min((i + 1) / 50, 1.0, (steps - i) / (0.4 * steps)))
+        for o in optimizers
+    ]
+    start, tokens, recent = time.perf_counter(), 0, 0.0
+    for step, (ids, learn) in zip(range(1, steps + 1), batches(seed), strict=False):
+        loss = loss_of(model, ids, learn)
+        loss.backward()
+        for part in (*optimizers, *schedule):
+            part.step()
+        model.zero_grad()
+        tokens += ids.numel()
+        recent = loss.item() if step == 1 else 0.98 * recent + 0.02 * loss.item()
+        if step % 50 == 0:
+            print(
+                f"step {step} loss {recent:.4f} tokens {tokens} seconds {time.perf_counter() - start:.0f}", flush=True
+            )
+        if step % 500 == 0 or step == steps:
+            save(model, out)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Train the embedded model.")
+    parser.add_argument("--steps", type=int, default=6000, help="batches of 4,096 tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("weights.npz"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    train(options.steps, options.out, seed=options.seed)
+
+
+if __name__ == "__main__":
+    main()

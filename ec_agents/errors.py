@@ -1,0 +1,59 @@
+"""Every exception of the package.
+
+```
+EcAgentsError
+├── ConfigError (also ValueError)     an argument is out of range
+├── LogprobsError
+│   ├── UnsupportedLogprobs           this model or mode cannot return them; the message names the remedy
+│   ├── LogprobsMissing               the response carries none
+│   └── LogprobsMalformed             the payload is not what the provider documents
+├── SamplingError                     fewer than min_candidates succeeded; .failures holds each
+├── SelectionError                    nothing could be scored and the policy is to raise
+└── StateError                        a checkpoint holds candidates that this version cannot read
+```
+"""
+
+from collections.abc import Mapping
+
+
+class EcAgentsError(Exception):
+    """Base of every error that the package raises on purpose."""
+
+
+class ConfigError(EcAgentsError, ValueError):
+    """An argument is out of range or does not fit the others."""
+
+
+class LogprobsError(EcAgentsError):
+    """Log-probabilities that are not there or not usable."""
+
+
+class UnsupportedLogprobs(LogprobsError):
+    """This model, server or mode cannot return log-probabilities."""
+
+
+class LogprobsMissing(LogprobsError):
+    """The response carries no log-probabilities."""
+
+
+class LogprobsMalformed(LogprobsError):
+    """The log-probabilities are not in the documented form."""
+
+
+class SamplingError(EcAgentsError):
+    """Fewer than ``min_candidates`` calls succeeded."""
+
+    failures: Mapping[int, BaseException]
+    """What each failed call raised, keyed by candidate index."""
+
+    def __init__(self, message: str, failures: Mapping[int, BaseException]) -> None:
+        super().__init__(message)
+        self.failures = failures
+
+
+class SelectionError(EcAgentsError):
+    """No candidate could be scored, and the fallback is to raise."""
+
+
+class StateError(EcAgentsError):
+    """A checkpoint holds candidates that this version cannot read."""

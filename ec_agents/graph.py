@@ -1,0 +1,372 @@
+"""Stage 5 - act: LangGraph nodes, edges and the prebuilt agent.
+
+``START → sample → score ⇢ tools → sample``, ``score ⇢ END``. The candidates stay in the state between the two nodes, so
+a crash there does not pay for the N calls again; only the chosen message enters ``messages``.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypedDict, cast
+
+import msgspec
+from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.messages import (
+    AIMessage,
+    AnyMessage,
+    BaseMessage,
+    SystemMessage,
+    message_to_dict,
+    messages_from_dict,
+)
+from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
+from langchain_core.tools import BaseTool
+from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.config import get_stream_writer
+from langgraph.constants import END, START, TAG_NOSTREAM
+from langgraph.graph import StateGraph
+from langgraph.graph.message import add_messages
+from langgraph.graph.state import CompiledStateGraph
+from langgraph.prebuilt import ToolNode
+from langgraph.store.base import BaseStore
+from pydantic import BaseModel, ValidationError
+
+from ec_agents.candidates import FORMAT, Candidate, CandidateSet
+from ec_agents.errors import ConfigError, SamplingError, StateError
+from ec_agents.sampling import check_sampling, message_candidate, run_blocking, sample
+from ec_agents.selection import Selector
+
+Tool = BaseTool | Callable[..., Any] | dict[str, Any]
+State = Mapping[str, Any]
+
+
+class CentroidState(TypedDict, total=False):
+    """The state that the nodes work on; extend it with keys of your own."""
+
+    messages: Annotated[list[AnyMessage], add_messages]
+    """The conversation; of each step's candidates only the chosen one."""
+    ec_candidates: dict[str, Any] | None
+    """Between ``sample`` and ``score``: the candidates, packed (``unpack_candidates`` reads them). Otherwise None."""
+    ec_decision: dict[str, Any]
+    """After ``score``: the selection, and what each candidate would have done."""
+
+
+class SamplingNode(Runnable[State, dict[str, Any]]):
+    """The node that draws N candidates from the model.
+
+    Args:
+        model: A chat model whose messages carry log-probabilities in OpenAI's form; ``.bind(...)`` is fine.
+        n: How many candidates.
+        tools: Tools to bind. Calls of other tools, or with arguments that do not fit, become flaws.
+        top_logprobs: Alternatives to ask for at each token; None asks for nothing and leaves the model as it is.
+        system_prompt: Put before the messages, not stored in them.
+        min_candidates: Fewer successful calls than this are an error.
+        timeout: Seconds that one call may take; None waits for ever.
+        max_concurrency: At most so many calls at once; None starts all.
+
+    Raises:
+        ConfigError: An argument is out of range, or the model is no chat model.
+        SamplingError: At run time: fewer than ``min_candidates`` calls succeeded.
+    """
+
+    def __init__(
+        self,
+        model: Runnable[LanguageModelInput, AIMessage],
+        *,
+        n: int,
+        tools: Sequence[Tool] = (),
+        top_logprobs: int | None = 20,
+        system_prompt: str | SystemMessage | None = None,
+        min_candidates: int = 1,
+        timeout: float | None = None,
+        max_concurrency: int | None = None,
+    ) -> None:
+        check_sampling(n, min_candidates, timeout, max_concurrency)
+        self.name = "sample"
+        self.n = n
+        self._limits = {"min_candidates": min_candidates, "timeout": timeout, "max_concurrency": max_concurrency}
+        self._model = _prepare(model, tools, top_logprobs)
+        self._tools = _tools_by_name(tools)
+        self._prompt = [SystemMessage(system_prompt)] if isinstance(system_prompt, str) else [system_prompt]
+
+    def invoke(self, input: State, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:  # noqa: A002, ARG002
+        """Draw the candidates from synchronous code."""
+        write = _writer()
+        return run_blocking(lambda: self._draw(input, config, write))
+
+    async def ainvoke(self, input: State, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:  # noqa: A002, ARG002
+        """Draw the candidates."""
+        return await self._draw(input, config, _writer())
+
+    async def _draw(
+        self, state: State, config: RunnableConfig | None, write: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        prompt = [message for message in self._prompt if message is not None]
+        messages: list[BaseMessage] = [*prompt, *state["messages"]]
+
+        def on_result(index: int, candidate: Candidate | None, failure: BaseException | None) -> None:
+            write({"ec_agents": "candidate", "index": index, **_outline(candidate, failure)})
+
+        drawn = await sample(
+            lambda _: self._model.ainvoke(messages, config),
+            n=self.n,
+            parse=self._parse,
+            on_result=on_result,
+            **self._limits,
+        )
+        return {"ec_candidates": pack_candidates(drawn)}
+
+    def _parse(self, response: AIMessage, index: int) -> Candidate:
+        candidate = message_candidate(response, index)
+        problem = _invalid_action(candidate, self._tools) if self._tools else None
+        if problem is None or "invalid_action" in candidate.flaws:
+            return candidate
+        return replace(candidate, flaws={**candidate.flaws, "invalid_action": problem})
+
+
+class CentroidScorerNode(Runnable[State, dict[str, Any]]):
+    """The node that ranks the candidates and lets the chosen message, and only that one, into ``messages``.
+
+    The message's ``response_metadata["ec_agents"]`` says scores, chosen, margin, reason, and the usage of all N.
+
+    Args:
+        selector: How to choose; by default the lowest entropy centroid.
+
+    Raises:
+        SelectionError: At run time: nothing could be scored, and the selector's fallback is ``"raise"``.
+        StateError: At run time: the state holds no candidates, or another version's.
+    """
+
+    def __init__(self, selector: Selector | None = None) -> None:
+        self.name = "score"
+        self.selector = selector or Selector()
+
+    def invoke(self, input: State, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:  # noqa: A002, ARG002
+        """Choose among the candidates in the state."""
+        drawn = unpack_candidates(input.get("ec_candidates"))
+        selection = self.selector(drawn.candidates)
+        failures = {str(i): str(failure) for i, failure in drawn.failures.items()}
+        record = {**selection.to_builtins(), "failures": failures, "usage": _total_usage(drawn.candidates)}
+        outlines = {str(c.index): _outline(c, None) for c in drawn.candidates}
+        decision = {**record, "candidates": outlines}
+        _writer()({"ec_agents": "choice", **decision})
+        winner: AIMessage = drawn.messages[selection.chosen]
+        metadata = {**winner.response_metadata, "ec_agents": record}
+        message = winner.model_copy(update={"response_metadata": metadata})
+        return {"messages": [message], "ec_candidates": None, "ec_decision": decision}
+
+
+def route_selected(state: State) -> Literal["tools", "__end__"]:
+    """The edge after the choice: to ``tools`` if the chosen message calls any, otherwise to the end."""
+    last = state["messages"][-1] if state["messages"] else None
+    return "tools" if isinstance(last, AIMessage) and last.tool_calls else END
+
+
+def create_centroid_agent(
+    model: Runnable[LanguageModelInput, AIMessage],
+    tools: Sequence[Tool] | ToolNode = (),
+    *,
+    n: int = 8,
+    selector: Selector | None = None,
+    top_logprobs: int | None = 20,
+    system_prompt: str | SystemMessage | None = None,
+    min_candidates: int = 1,
+    timeout: float | None = None,
+    max_concurrency: int | None = None,
+    state_schema: type[Any] = CentroidState,
+    context_schema: type[Any] | None = None,
+    checkpointer: BaseCheckpointSaver[Any] | bool | None = None,
+    store: BaseStore | None = None,
+    interrupt_before: Sequence[str] = (),
+    interrupt_after: Sequence[str] = (),
+    recursion_limit: int | None = None,
+    name: str | None = None,
+) -> CompiledStateGraph[Any, Any, Any, Any]:
+    """An agent that draws N answers at every step and acts on the one with the lowest entropy centroid.
+
+    Args:
+        model: A chat model whose messages carry log-probabilities in OpenAI's form.
+        tools: Tools, functions or provider tool dicts; or a ``ToolNode`` of one's own. A tool that raises is answered
+            with its error, so that the model can react; a ``ToolNode`` of one's own decides for itself.
+        n: Candidates a step.
+        selector: How to choose; by default the lowest entropy centroid.
+        top_logprobs: Alternatives to ask for at each token; None asks for nothing and leaves the model as it is.
+        system_prompt: Put before the messages at every step, not stored in them.
+        min_candidates: Fewer successful calls than this in a step are an error.
+        timeout: Seconds that one call may take; None waits for ever.
+        max_concurrency: At most so many calls at once; None starts all.
+        state_schema: ``CentroidState`` or an extension of it.
+        context_schema: Type of the run-time context that tools may read.
+        checkpointer: Keeps the state of each thread; needed for interrupts and for going on after a crash.
+        store: Long-term store that tools may read.
+        interrupt_before: Nodes to stop before; ``["tools"]`` lets a person see ``ec_decision`` before anything is done.
+        interrupt_after: Nodes to stop after.
+        recursion_limit: Supersteps a run may take; one step of the agent is three: sample, score, tools.
+        name: Name of the graph.
+
+    Returns:
+        A compiled graph: ``invoke``, ``ainvoke``, ``stream``, …
+
+    Raises:
+        ConfigError: An argument is out of range, or the model is no chat model.
+
+    Example:
+        >>> from ec_agents import create_centroid_agent
+        >>> from ec_agents.embedded import EmbeddedChatModel
+        >>> agent = create_centroid_agent(EmbeddedChatModel(seed=1), n=4)
+        >>> state = agent.invoke({"messages": [("user", "Ann has 12. Bob has 5 more than Ann. How many has Bob?")]})
+        >>> sorted(state["messages"][-1].response_metadata["ec_agents"]["scores"])
+        ['0', '1', '2', '3']
+    """
+    node = tools if isinstance(tools, ToolNode) else _tool_node(tools)
+    bound = list(tools.tools_by_name.values()) if isinstance(tools, ToolNode) else tools
+    sampling = SamplingNode(
+        model,
+        n=n,
+        tools=bound,
+        top_logprobs=top_logprobs,
+        system_prompt=system_prompt,
+        min_candidates=min_candidates,
+        timeout=timeout,
+        max_concurrency=max_concurrency,
+    )
+    graph = StateGraph[Any, Any, Any, Any](state_schema, context_schema)
+    graph.add_node("sample", sampling).add_node("score", CentroidScorerNode(selector))
+    graph.add_edge(START, "sample").add_edge("sample", "score")
+    if node is None:
+        graph.add_edge("score", END)
+    else:
+        graph.add_node("tools", node).add_edge("tools", "sample")
+        graph.add_conditional_edges("score", route_selected, ["tools", END])
+    agent = graph.compile(
+        checkpointer=checkpointer,
+        store=store,
+        interrupt_before=list(interrupt_before),
+        interrupt_after=list(interrupt_after),
+        name=name,
+    )
+    return agent if recursion_limit is None else agent.with_config(recursion_limit=recursion_limit)
+
+
+def pack_candidates(drawn: CandidateSet) -> dict[str, Any]:
+    """Candidates, their messages without log-probabilities, and the failures, as builtins for the state."""
+    rows = [(c.to_builtins(), message_to_dict(_without_logprobs(drawn.messages[c.index]))) for c in drawn.candidates]
+    failures = {str(i): f"{type(failure).__name__}: {failure}" for i, failure in drawn.failures.items()}
+    return {
+        "format": FORMAT,
+        "failures": failures,
+        "packed": zlib.compress(msgspec.msgpack.encode(rows, enc_hook=str), level=1),
+    }
+
+
+def unpack_candidates(state: Mapping[str, Any] | None) -> CandidateSet:
+    """Undo ``pack_candidates``; failures come back as ``SamplingError`` with their text.
+
+    Raises:
+        StateError: There are no candidates, another version packed them, or they are damaged.
+    """
+    if not state:
+        raise StateError("no candidates found in the state (ec_candidates); a SamplingNode must run before this node")
+    if state.get("format") != FORMAT:
+        raise StateError(
+            f"candidates in format {state.get('format')!r} found in the state, {FORMAT} needed: another version of "
+            "ec_agents wrote this checkpoint; finish the run with that version, or start the step again"
+        )
+    try:
+        rows = msgspec.msgpack.decode(
+            zlib.decompress(state["packed"]), type=list[tuple[dict[str, Any], dict[str, Any]]]
+        )
+    except (KeyError, TypeError, zlib.error, msgspec.DecodeError) as error:
+        raise StateError(f"the candidates in the state are damaged: {error}") from error
+    candidates = [Candidate.from_builtins(data) for data, _ in rows]
+    messages = messages_from_dict([message for _, message in rows])
+    return CandidateSet(
+        candidates=candidates,
+        messages={c.index: message for c, message in zip(candidates, messages, strict=True)},
+        failures={int(i): SamplingError(text, {}) for i, text in state.get("failures", {}).items()},
+    )
+
+
+def _prepare(
+    model: Runnable[LanguageModelInput, AIMessage], tools: Sequence[Tool], top_logprobs: int | None
+) -> Runnable[LanguageModelInput, AIMessage]:
+    """The model with its tools, asked for log-probabilities, hidden from token streams, neither streaming nor cached.
+
+    Streaming loses the log-probabilities of tool calls on several servers; a cache would give N equal candidates. What
+    was bound to the model is bound again at the end, because ``bind_tools`` on a binding drops it.
+    """
+    bound: dict[str, Any] = {}
+    config: RunnableConfig = {}
+    while isinstance(model, RunnableBinding):
+        binding = cast("RunnableBinding[LanguageModelInput, AIMessage]", model)
+        bound, config, model = {**binding.kwargs, **bound}, {**binding.config, **config}, binding.bound
+    if not isinstance(model, BaseChatModel):
+        raise ConfigError(f"model must be a LangChain BaseChatModel, or one with .bind(); found {type(model).__name__}")
+    hidden = [*(model.tags or []), TAG_NOSTREAM]
+    prepared: Any = model.model_copy(update={"tags": hidden, "disable_streaming": True, "cache": False})
+    if tools:
+        prepared = prepared.bind_tools(tools)
+    asked = {} if top_logprobs is None else {"logprobs": True, "top_logprobs": top_logprobs}
+    return prepared.bind(**{**asked, **bound}).with_config(config)
+
+
+def _tool_node(tools: Sequence[Tool]) -> ToolNode | None:
+    own = [tool for tool in tools if not isinstance(tool, dict)]
+    return ToolNode(own, handle_tool_errors=True) if own else None
+
+
+def _tools_by_name(tools: Sequence[Tool]) -> Mapping[str, BaseTool]:
+    node = _tool_node(tools)
+    return {} if node is None else node.tools_by_name
+
+
+def _invalid_action(candidate: Candidate, tools: Mapping[str, BaseTool]) -> str | None:
+    """What is wrong with a candidate's tool calls, if anything."""
+    for call in candidate.tool_calls:
+        tool = tools.get(call["name"])
+        if tool is None:
+            return f"unknown tool {call['name']!r}; known: {', '.join(tools)}"
+        schema = tool.tool_call_schema
+        if isinstance(schema, type) and issubclass(schema, BaseModel):
+            try:
+                schema.model_validate(call["args"])
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                where = ".".join(map(str, first["loc"])) or "arguments"
+                return f"arguments of {call['name']!r} do not fit: {where}: {first['msg']}"
+    return None
+
+
+def _without_logprobs(message: AIMessage) -> AIMessage:
+    metadata = {key: value for key, value in message.response_metadata.items() if key != "logprobs"}
+    return message.model_copy(update={"response_metadata": metadata})
+
+
+def _outline(candidate: Candidate | None, failure: BaseException | None) -> dict[str, Any]:
+    """What a person wants to see of a candidate or a failed call."""
+    if candidate is None:
+        return {"failure": f"{type(failure).__name__}: {failure}"}
+    return {
+        "content": candidate.content,
+        "tool_calls": [dict(call) for call in candidate.tool_calls],
+        "finish_reason": candidate.finish_reason,
+        "flaws": dict(candidate.flaws),
+        "n_tokens": None if candidate.signals is None else candidate.signals.n_tokens,
+    }
+
+
+def _total_usage(candidates: Sequence[Candidate]) -> dict[str, int]:
+    """Tokens of all candidates together, as far as they are reported."""
+    total: dict[str, int] = {}
+    for candidate in candidates:
+        for key, count in (candidate.usage or {}).items():
+            total[key] = total.get(key, 0) + count
+    return total
+
+
+def _writer() -> Callable[[dict[str, Any]], None]:
+    """The stream of ``custom`` events; outside a running graph, nowhere."""
+    try:
+        return get_stream_writer()
+    except RuntimeError:
+        return lambda _: None

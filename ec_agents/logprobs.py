@@ -1,0 +1,319 @@
+"""Stage 2 - parse: provider payload → TokenSignals.
+
+The only module that knows what log-probabilities look like on the wire. Three forms are read:
+
+- one choice of a chat response, ``{"message": …, "logprobs": {"content": [{"logprob", "top_logprobs"}, …]}}``;
+- its ``logprobs`` alone, as LangChain keeps it in ``response_metadata["logprobs"]``;
+- either of them with the legacy completions form, ``{"token_logprobs": […], "top_logprobs": [{token: logprob}, …]}``.
+
+Example:
+    >>> alternatives = [{"token": "a", "logprob": -0.7}, {"token": "b", "logprob": -0.7}]
+    >>> signals = token_signals({"content": [{"token": "a", "logprob": -0.7, "top_logprobs": alternatives}]})
+    >>> signals.n_tokens, signals.n_alternatives, round(float(signals.entropies[0]), 4)
+    (1, 2, 0.6931)
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
+from typing import Any, NamedTuple, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ec_agents.candidates import Candidate, TokenSignals
+from ec_agents.entropy import MASKED, keep_largest, token_entropies
+from ec_agents.errors import LogprobsError, LogprobsMalformed, LogprobsMissing
+
+Json = Mapping[str, Any]
+Floats = NDArray[np.float64]
+
+HIGHEST_LOGPROB = 0.1
+"""Rounding puts a log-probability slightly above 0, but never this far."""
+
+_LOGPROBS_KEYS = frozenset(("content", "refusal", "token_logprobs"))
+_ASK = "ask for logprobs=True and top_logprobs=20"
+_TOOL_CALLS = (
+    "OpenAI, Azure and some local servers return none for tool calls: serve the model with vLLM, SGLang or "
+    "llama-server, or let it write its action as structured output"
+)
+
+
+class _Read(NamedTuple):
+    """The numbers of a payload, nothing checked yet."""
+
+    drawn: Sequence[Any]
+    """Log-probability of the drawn token, T."""
+    sizes: Sequence[int]
+    """How many alternatives each token came with, T."""
+    alternatives: Sequence[Any]
+    """Log-probabilities of the alternatives, token after token, ``sum(sizes)``."""
+
+
+def token_signals(choice: Json | None, *, top_k: int | None = None) -> TokenSignals:
+    """What one response says about its tokens: entropies, log-probabilities and confidences.
+
+    Alternatives may come in any order, any number and without the drawn token; null, NaN and -9999.0 or less count as
+    absent. Tokens without any alternative are missing (NaN) in ``entropies`` and ``confidences``. Reasoning and
+    tool-call tokens count like all others wherever the server reports them. If there is no content, the tokens of a
+    refusal are read.
+
+    Source: H = -Σ q ln q (arXiv 2604.26173) and C = -(1/K) Σ ln p (DeepConf, arXiv 2508.15260), both over the
+    alternatives that are present.
+
+    Args:
+        choice: One choice of a saved response, or its ``logprobs``.
+        top_k: How many of the alternatives to use; None = all.
+
+    Raises:
+        LogprobsMissing: There are no log-probabilities, or none of alternatives.
+        LogprobsMalformed: They are not in the documented form; the message names the position.
+        ConfigError: ``top_k`` is below 1.
+    """
+    payload = _payload(choice)
+    content = payload.get("content") or payload.get("refusal")
+    if not content and payload.get("token_logprobs"):
+        read = _read_legacy(payload)
+    elif not content:
+        raise LogprobsMissing(_nothing_found(choice, f"logprobs holds no tokens, only {_outline(payload)}"))
+    elif not _is_list(content):
+        raise LogprobsMalformed(f"logprobs.content must be a list of tokens; found {_outline(content)}")
+    else:
+        read = _read_content(content)
+    if not any(read.sizes):
+        raise LogprobsMissing(f"none of the {len(read.sizes)} tokens comes with alternatives: {_ASK}")
+    drawn, alternatives, sizes = _arrays(read)
+    if _is_list(content):
+        _drop_repeats(content, drawn, alternatives, sizes)
+    kept = keep_largest(alternatives, top_k)
+    return TokenSignals(
+        entropies=token_entropies(kept).astype(np.float32),
+        logprobs=drawn.astype(np.float32),
+        confidences=_confidences(kept).astype(np.float32),
+        n_alternatives=min(int(sizes.max()), kept.shape[1]),
+    )
+
+
+def choice_candidate(choice: Json, index: int) -> Candidate:
+    """One choice of a saved chat or completions response as a candidate.
+
+    What is wrong with it becomes a flaw: ``no_signal``, ``refused``, or ``invalid_action`` for tool-call arguments that
+    are no JSON object (the call stays, with empty ``args``).
+
+    Args:
+        choice: The choice: ``message`` or ``text``, ``finish_reason``, ``logprobs``.
+        index: Position among the N responses, from 0.
+
+    Raises:
+        LogprobsMalformed: It is not a choice at all.
+    """
+    message = choice.get("message") if _is_mapping(choice) else None
+    if message is None and _is_mapping(choice) and "text" in choice:
+        message = {"content": choice["text"]}
+    if not _is_mapping(message):
+        raise LogprobsMalformed(f"choice {index} must have a message or a text; found {_outline(choice)}")
+    flaws: dict[str, str] = {}
+    signals = None
+    try:
+        signals = token_signals(choice)
+    except LogprobsError as error:
+        flaws["no_signal"] = str(error)
+    if message.get("refusal"):
+        flaws["refused"] = str(message["refusal"])
+    return Candidate(
+        index=index,
+        content=_text(message.get("content")),
+        tool_calls=[_tool_call(call, flaws) for call in message.get("tool_calls") or ()],
+        finish_reason=choice.get("finish_reason"),
+        signals=signals,
+        flaws=flaws,
+    )
+
+
+def response_candidates(response: Json) -> list[Candidate]:
+    """All choices of one saved response as candidates, in the order in which they stand.
+
+    Raises:
+        LogprobsMalformed: The response has no list of ``choices``, or one of them is not a choice.
+    """
+    choices = response.get("choices") if _is_mapping(response) else None
+    if not _is_list(choices) or not choices:
+        raise LogprobsMalformed(f"a response with a list of choices is needed; found {_outline(response)}")
+    return [choice_candidate(choice, index) for index, choice in enumerate(choices)]
+
+
+def _payload(choice: Any) -> Json:
+    """The ``logprobs`` of a choice, or the argument itself where it is that already."""
+    payload: Any = choice
+    if _is_mapping(choice) and ("logprobs" in choice or not _LOGPROBS_KEYS & choice.keys()):
+        payload = choice.get("logprobs")
+    if payload is None:
+        raise LogprobsMissing(_nothing_found(choice, "logprobs is null or absent"))
+    if not _is_mapping(payload):
+        raise LogprobsMalformed(f"logprobs must be a JSON object; found {_outline(payload)}")
+    return payload
+
+
+def _nothing_found(choice: Any, found: str) -> str:
+    """What was found instead of log-probabilities, with the remedy."""
+    message: Any = choice.get("message") if _is_mapping(choice) else None
+    if _is_mapping(message) and message.get("tool_calls"):
+        return f"{found}, beside tool calls; {_TOOL_CALLS}"
+    return f"{found}: {_ASK}, and check that this model and server return them"
+
+
+def _read_content(content: Sequence[Any]) -> _Read:
+    """The numbers of the chat form."""
+    try:
+        return _gather(content, [entry["top_logprobs"] for entry in content])
+    except (KeyError, TypeError):
+        # Something is absent, null or of a wrong type; only now is every token looked at.
+        return _gather(content, [_checked_rows(entry, position) for position, entry in enumerate(content)])
+
+
+def _gather(content: Sequence[Any], rows: Sequence[Any]) -> _Read:
+    return _Read(
+        drawn=[entry["logprob"] for entry in content],
+        sizes=[len(row) for row in rows],
+        alternatives=[alternative["logprob"] for row in rows for alternative in row],
+    )
+
+
+def _checked_rows(entry: Any, position: int) -> Sequence[Any]:
+    """The alternatives of one token, none for null; raises where the form is wrong."""
+    where = f"logprobs.content[{position}]"
+    if not _is_mapping(entry) or "logprob" not in entry:
+        raise LogprobsMalformed(f"{where} must be an object with a logprob; found {_outline(entry)}")
+    row = entry.get("top_logprobs")
+    if row is None:
+        return ()
+    if not _is_list(row):
+        raise LogprobsMalformed(f"{where}.top_logprobs must be a list; found {_outline(row)}")
+    for rank, alternative in enumerate(row):
+        if not _is_mapping(alternative) or "logprob" not in alternative:
+            found = _outline(alternative)
+            raise LogprobsMalformed(f"{where}.top_logprobs[{rank}] must be an object with a logprob; found {found}")
+    return row
+
+
+def _read_legacy(payload: Json) -> _Read:
+    """The numbers of the completions form; ``top_logprobs`` may be null, as a whole or token by token."""
+    drawn: Any = payload["token_logprobs"]
+    if not _is_list(drawn):
+        raise LogprobsMalformed(f"logprobs.token_logprobs must be a list; found {_outline(drawn)}")
+    rows: Any = payload.get("top_logprobs") or [None] * len(drawn)
+    if not _is_list(rows) or len(rows) != len(drawn):
+        raise LogprobsMalformed(
+            f"logprobs.top_logprobs must have {len(drawn)} items, one a token; found {_outline(rows)}"
+        )
+    for position, row in enumerate(rows):
+        if row is not None and not _is_mapping(row):
+            raise LogprobsMalformed(f"logprobs.top_logprobs[{position}] must be an object; found {_outline(row)}")
+    values = [list(row.values()) if row else [] for row in rows]
+    return _Read(drawn, [len(row) for row in values], [value for row in values for value in row])
+
+
+def _arrays(read: _Read) -> tuple[Floats, Floats, NDArray[np.int64]]:
+    """``(T,)`` drawn with NaN for masked, ``(T, K)`` alternatives with -inf for masked and padding, ``(T,)`` sizes."""
+    sizes = np.array(read.sizes)
+    ends = np.cumsum(sizes)
+
+    def owner(number: int) -> int:
+        return int(np.searchsorted(ends, number, side="right"))
+
+    drawn = _floats(read.drawn, lambda number: f"the logprob of token {number}")
+    flat = _floats(read.alternatives, lambda number: f"an alternative of token {owner(number)}")
+    alternatives = np.full((len(sizes), sizes.max()), -np.inf)
+    alternatives[np.arange(sizes.max()) < sizes[:, None]] = np.where(flat > MASKED, flat, -np.inf)
+    return np.where(drawn > MASKED, drawn, np.nan), alternatives, sizes
+
+
+def _floats(values: Sequence[Any], name: Callable[[int], str]) -> Floats:
+    """The values as float64, None as NaN; raises for anything that is no log-probability."""
+    kinds: set[type] = set(map(type, values))
+    if not all(map(_is_number, kinds)):
+        odd = next(number for number, value in enumerate(values) if not _is_number(type(value)))
+        raise LogprobsMalformed(f"{name(odd)} must be a number or null; found {values[odd]!r:.60}")
+    try:
+        numbers = np.array(values, dtype=np.float64)
+    except OverflowError as error:
+        raise LogprobsMalformed("a log-probability is too large for a float") from error
+    above = np.flatnonzero(numbers > HIGHEST_LOGPROB)
+    if len(above):
+        found = f"{name(int(above[0]))} is {numbers[above[0]]:.4g}"
+        raise LogprobsMalformed(
+            f"{found}, but a log-probability is never above 0; are these logits? vLLM: --logprobs-mode raw_logprobs"
+        )
+    return numbers
+
+
+def _is_number(kind: type) -> bool:
+    return issubclass(kind, float | int | NoneType) and kind is not bool
+
+
+def _drop_repeats(content: list[Any], drawn: Floats, alternatives: Floats, sizes: NDArray[np.int64]) -> None:
+    """Let a drawn token that is listed twice count once, in place.
+
+    vLLM's second model runner lists it as drawn and once more by rank. Two entries are the same token only if they
+    agree in everything: different special tokens may share their text, and rounded logits may give ties.
+    """
+    for position in np.flatnonzero((alternatives == drawn[:, None]).sum(axis=1) > 1).tolist():
+        entry = content[position]
+        fields = {key: value for key, value in entry.items() if key != "top_logprobs"}
+        same = [rank for rank, other in enumerate(entry["top_logprobs"]) if other.items() <= fields.items()]
+        alternatives[position, same[1:]] = -np.inf
+        sizes[position] -= len(same[1:])
+
+
+def _confidences(alternatives: Floats) -> Floats:
+    """Minus the mean of the log-probabilities that are present, ``(T,)``; NaN where none is."""
+    present = alternatives > -np.inf
+    counts = present.sum(axis=1)
+    totals = -np.where(present, alternatives, 0.0).sum(axis=1)
+    return np.divide(totals, counts, out=np.full(len(counts), np.nan), where=counts > 0)
+
+
+def _text(content: Any) -> str:
+    """The text of a message; content parts are joined."""
+    if _is_list(content):
+        return "".join(_text(part.get("text")) if _is_mapping(part) else _text(part) for part in content)
+    return content if isinstance(content, str) else ""
+
+
+def _tool_call(call: Any, flaws: dict[str, str]) -> dict[str, Any]:
+    """One tool call with decoded arguments; adds a flaw where they cannot be decoded."""
+    function: Any = call.get("function") if _is_mapping(call) else None
+    if not _is_mapping(function):
+        flaws["invalid_action"] = f"a tool call without a function: {_outline(call)}"
+        return {"name": "", "args": {}}
+    name, arguments = str(function.get("name") or ""), function.get("arguments")
+    args: Any = arguments
+    try:
+        # Models write no arguments as "" too, and line breaks in strings as they are.
+        args = json.loads(arguments or "{}", strict=False) if isinstance(arguments, str | None) else arguments
+        error = "they are not a JSON object"
+    except (ValueError, RecursionError) as failure:
+        error = str(failure)
+    if not _is_mapping(args):
+        flaws["invalid_action"] = f"arguments of {name or 'a tool call'}: {error}; found {arguments!r:.200}"
+        args = {}
+    identity = {"id": call["id"]} if call.get("id") else {}
+    return {"name": name, "args": args, **identity}
+
+
+def _is_mapping(value: Any) -> TypeGuard[Json]:
+    return isinstance(value, Mapping)
+
+
+def _is_list(value: Any) -> TypeGuard[list[Any]]:
+    return isinstance(value, list)
+
+
+def _outline(value: Any) -> str:
+    """A short description of what was found."""
+    if _is_mapping(value):
+        error = f" (error: {value['error']!r:.200})" if value.get("error") else ""
+        return f"an object with keys {sorted(map(str, value))[:8]}{error}"
+    if _is_list(value):
+        return f"a list of {len(value)}"
+    return f"{type(value).__name__} {value!r:.60}"
