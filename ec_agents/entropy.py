@@ -60,8 +60,8 @@ PRESETS: Mapping[str, PhaseConfig] = MappingProxyType(
         "short": PhaseConfig(top_percent=5.0, bottom_percent=50.0, patience=3),
     }
 )
-"""``paper``: what the paper's evaluation command uses. ``short``: the reference library's default, for short texts: less
-noisy under some 300 tokens."""
+"""``paper``: what the paper's evaluation command uses. ``short``: the reference library's default, less noisy on texts
+under some 300 tokens."""
 
 
 def keep_largest(top_logprobs: ArrayLike, top_k: int | None) -> Floats:

@@ -230,9 +230,9 @@ def _arrays(read: _Read) -> tuple[Floats, Floats, NDArray[np.int64]]:
 
 def _floats(values: Sequence[Any], name: Callable[[int], str]) -> Floats:
     """The values as float64, None as NaN; raises for anything that is no log-probability."""
-    kinds: set[type] = set(map(type, values))
-    if not all(map(_is_number, kinds)):
-        odd = next(number for number, value in enumerate(values) if not _is_number(type(value)))
+    kinds: list[type] = list(map(type, values))
+    if not all(map(_is_number, set(kinds))):
+        odd = next(number for number, kind in enumerate(kinds) if not _is_number(kind))
         raise LogprobsMalformed(f"{name(odd)} must be a number or null; found {values[odd]!r:.60}")
     try:
         numbers = np.array(values, dtype=np.float64)

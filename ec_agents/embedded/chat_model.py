@@ -4,16 +4,25 @@ It runs offline and on any CPU, and it can do the tasks of ``ec_agents.embedded.
 """
 
 import asyncio
-import json
+import math
 import secrets
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, cast
 
+import msgspec
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
-from langchain_core.messages.tool import InvalidToolCall, ToolCall, invalid_tool_call, tool_call
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    HumanMessage,
+    InvalidToolCall,
+    SystemMessage,
+    ToolCall,
+    ToolMessage,
+)
+from langchain_core.messages.tool import invalid_tool_call, tool_call
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
@@ -27,17 +36,28 @@ from ec_agents.errors import ConfigError
 MODEL_NAME = "ec-agents-embedded"
 PROVIDER = "ec-agents"
 
+_RANGES = (("temperature", 0, math.inf), ("max_tokens", 1, math.inf), ("n", 1, math.inf), ("top_logprobs", 0, 20))
 _OPTIONS = ("temperature", "max_tokens", "seed", "n", "top_logprobs", "logprobs")
 _TOKENS = [(v.decode([i]), list(v.token_bytes(i))) for i in range(v.SIZE)]
 """Text and bytes of each token; messages share the lists of bytes, which are never written to."""
+
+
+class _Call(msgspec.Struct, frozen=True):
+    """The JSON of a tool call."""
+
+    name: Annotated[str, msgspec.Meta(min_length=1)]
+    arguments: dict[str, Any]
+
+
+_CALLS = msgspec.json.Decoder(_Call)
 
 
 class EmbeddedChatModel(BaseChatModel):
     """A 1-million-parameter language model that ships with the package and runs in numpy.
 
     Calls of one process run in one batch, so concurrent calls cost little more than one. System messages are left out:
-    the model was not trained on any. With ``n`` > 1, ``generate`` returns n generations, the prompt counted in the usage
-    of the first only, so that the sum is what was computed.
+    the model was not trained on any. With ``n`` > 1, ``generate`` returns n generations, the prompt counted in the
+    usage of the first only, so that the sum is what was computed.
 
     Each field can be set for one call too: ``model.invoke(messages, temperature=0.7, n=4)`` or ``model.bind(seed=1)``;
     None stands for the field's value. ``stop`` ends a response before one of the given texts; the log-probabilities
@@ -152,6 +172,8 @@ class EmbeddedChatModel(BaseChatModel):
         _check_tool_choice(kwargs.get("tool_choice"))
         options = self._options(kwargs)
         _check(options)
+        if "" in stop:
+            raise ConfigError("a stop text is empty, and would end every response before it starts")
         tools = [convert_to_openai_tool(tool)["function"]["name"] for tool in kwargs.get("tools") or ()]
         request = Request(
             prompt=tuple(render(_turns(messages), tools)),
@@ -166,11 +188,9 @@ class EmbeddedChatModel(BaseChatModel):
 
 
 def _check(options: Mapping[str, Any]) -> None:
-    for name, low, high in (("temperature", 0, 100), ("max_tokens", 1, None), ("n", 1, None), ("top_logprobs", 0, 20)):
-        # Written so that NaN is out of range.
-        if not (low <= options[name] and (high is None or options[name] <= high)):
-            allowed = f"at least {low}" if high is None else f"{low} to {high}"
-            raise ConfigError(f"{name} is {options[name]}, and {allowed} is needed")
+    for name, low, high in _RANGES:
+        if not low <= options[name] <= high:
+            raise ConfigError(f"{name} is {options[name]}, and {low} to {high} is needed")
     if options["seed"] is not None and options["seed"] < 0:
         raise ConfigError(f"seed is {options['seed']}, and None or at least 0 is needed")
 
@@ -178,7 +198,7 @@ def _check(options: Mapping[str, Any]) -> None:
 def _check_tool_choice(tool_choice: object) -> None:
     if tool_choice not in (None, "auto"):
         raise ConfigError(
-            f"tool_choice is {tool_choice!r}, and the embedded model cannot be made to call a tool: leave it out, or 'auto'"
+            f"tool_choice is {tool_choice!r}, and the embedded model cannot be made to call a tool: leave it out"
         )
 
 
@@ -201,16 +221,16 @@ def _turns(messages: Sequence[BaseMessage]) -> list[Turn]:
 
 
 def _text(message: BaseMessage) -> str:
-    content: str | list[Any] = message.content  # pyright: ignore[reportUnknownMemberType]
-    parts: list[str] = []
-    for block in [content] if isinstance(content, str) else content:
-        text = block if isinstance(block, str) else block.get("text") if block.get("type") == "text" else None
-        if not isinstance(text, str):
-            raise ConfigError(
-                f"a {message.type} message has a content block of type {block.get('type')!r}; only text is read"
-            )
-        parts.append(text)
-    return "".join(parts)
+    content = cast("str | list[str | dict[str, Any]]", message.content)  # pyright: ignore[reportUnknownMemberType]
+    if isinstance(content, str):
+        return content
+    blocks = [{"type": "text", "text": block} if isinstance(block, str) else block for block in content]
+    others = {str(block.get("type")) for block in blocks} - {"text"}
+    if others:
+        raise ConfigError(
+            f"a {message.type} message has content of type {', '.join(sorted(others))}; only text is read"
+        )
+    return "".join(block["text"] for block in blocks)
 
 
 def _result(request: Request, completions: Sequence[Completion], *, logprobs: bool) -> ChatResult:
@@ -223,8 +243,8 @@ def _result(request: Request, completions: Sequence[Completion], *, logprobs: bo
 
 def _generation(request: Request, completion: Completion, *, input_tokens: int, logprobs: bool) -> ChatGeneration:
     thought, content, calls, invalid = _parse(completion.tokens)
-    for stop in request.stop:
-        content = content.partition(stop.decode())[0]
+    for stop in map(bytes.decode, request.stop):
+        thought, content = thought.partition(stop)[0], content.partition(stop)[0]
     finish_reason = "tool_calls" if calls and completion.finish_reason == "stop" else completion.finish_reason
     metadata: dict[str, Any] = {
         "finish_reason": finish_reason,
@@ -266,23 +286,15 @@ def _parse(tokens: Sequence[int]) -> tuple[str, str, list[ToolCall], list[Invali
             part.append(token)
     calls: list[ToolCall] = []
     invalid: list[InvalidToolCall] = []
-    for call in map(v.decode, written):
-        _parse_call(call, calls, invalid)
+    for text in map(v.decode, written):
+        identity = f"call_{uuid.uuid4().hex[:24]}"
+        try:
+            call = _CALLS.decode(text)
+        except msgspec.MsgspecError as error:
+            invalid.append(invalid_tool_call(args=text, id=identity, error=str(error)))
+        else:
+            calls.append(tool_call(name=call.name, args=call.arguments, id=identity))
     return v.decode(thought), v.decode(content), calls, invalid
-
-
-def _parse_call(text: str, calls: list[ToolCall], invalid: list[InvalidToolCall]) -> None:
-    """Put what is between two tool-call tokens where it belongs."""
-    name, arguments, error, identity = None, text, "", f"call_{uuid.uuid4().hex[:24]}"
-    try:
-        data: Any = json.loads(text)
-        name, arguments = data["name"], data.get("arguments", {})
-    except (ValueError, TypeError, KeyError, AttributeError) as problem:
-        error = f"not a JSON object with a name: {problem!r}"
-    if not error and isinstance(name, str) and name and isinstance(arguments, dict):
-        calls.append(tool_call(name=name, args=arguments, id=identity))
-        return
-    invalid.append(invalid_tool_call(name=str(name) if name else None, args=text, id=identity, error=error or "bad"))
 
 
 def _logprobs(completion: Completion) -> list[dict[str, Any]]:

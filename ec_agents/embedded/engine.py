@@ -155,8 +155,8 @@ class Engine:
         length = len(request.prompt)
         if not 0 < length < CONTEXT:
             raise ConfigError(
-                f"the prompt has {length} tokens, and 1 to {CONTEXT - 1} fit into the context of {CONTEXT} with room for "
-                "a response: shorten the conversation"
+                f"the prompt has {length} tokens, and 1 to {CONTEXT - 1} fit into the context of {CONTEXT}, with room "
+                "for a response: shorten the conversation"
             )
         job = _Job(request)
         rows = [_Row(job, i, np.random.default_rng((request.seed, i))) for i in range(request.n)]
@@ -275,7 +275,8 @@ def draw(logprobs: Floats, temperatures: NDArray[np.float64], uniforms: NDArray[
     scaled = (logprobs - peak) / np.where(greedy, 1.0, temperatures)[:, None]
     cumulative = np.exp(scaled).cumsum(1)
     reached = cumulative[:, :-1] <= (uniforms * cumulative[:, -1])[:, None]
-    return np.where(greedy, likeliest, reached.sum(1))
+    drawn: Ints = np.count_nonzero(reached, axis=1)
+    return np.where(greedy, likeliest, drawn)
 
 
 def top(logprobs: Floats, k: int) -> tuple[Ints, Floats]:

@@ -60,7 +60,8 @@ class Task:
 
         Args:
             answer: The text of the final answer.
-            expressions: ``play`` only: the expressions given to the ``calc`` tool, in order; refused ones change nothing.
+            expressions: ``play`` only: the expressions given to the ``calc`` tool, in order; refused ones change
+                nothing.
         """
         if self.family == "plain":
             return stated_number(answer) == self.goal
@@ -204,7 +205,7 @@ def _draw_puzzle(family: Literal["solve", "play"], rng: random.Random) -> Task |
     count = rng.choices((3, 4) if family == "solve" else (3, 4, 5), (1, 1) if family == "solve" else (2, 2, 1))[0]
     numbers = tuple(rng.randint(1, 25) for _ in range(count))
     left = numbers
-    while len(left) > 1:
+    while len(left) != 1:
         options = moves(left)
         if not options:
             return None

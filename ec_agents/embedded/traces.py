@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ec_agents.embedded import vocabulary as v
-from ec_agents.embedded.tasks import Operation, Task, make_task, call_calc, find_solution, moves
+from ec_agents.embedded.tasks import Operation, Task, call_calc, find_solution, make_task, moves
 from ec_agents.embedded.template import Turn, call_text, render
 
 Attempt = Sequence[Operation]

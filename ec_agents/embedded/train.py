@@ -1,9 +1,10 @@
 # pyright: basic, reportMissingImports=false
 """Trains the embedded model from scratch: ``python -m ec_agents.embedded.train --steps 6000 --out weights.npz``.
 
-Needs PyTorch (extra ``train``); nothing else in the package does. The network is the one of ``transformer.py``: RMSNorm,
-rotary positions, causal attention, SwiGLU, tied embeddings. Muon trains the hidden matrices, AdamW the rest; the loss is
-on the response tokens only. Examples are drawn afresh from a seeded generator, so none is seen twice on purpose.
+Needs PyTorch (extra ``train``); nothing else in the package does. The network is the one of ``transformer.py``:
+RMSNorm, rotary positions, causal attention, SwiGLU, tied embeddings. Muon trains the hidden matrices, AdamW the rest;
+the loss is on the response tokens only. Examples are drawn afresh from a seeded generator, so none is seen twice on
+purpose.
 """
 
 import argparse

@@ -31,9 +31,8 @@ def compare(name: str, entropies: np.ndarray) -> None:
     pairs = [(seconds(ours), seconds(one_percentile)) for _ in range(REPEATS)]
     mine, base = (statistics.median(times) for times in zip(*pairs, strict=True))
     n_phases = len(high_entropy_phases(entropies, config))
-    print(
-        f"{name:10} {n_phases:6} phases   {mine * 1e3:7.3f} ms   percentile {base * 1e3:7.3f} ms   ratio {mine / base:5.2f}"
-    )
+    times = f"{mine * 1e3:7.3f} ms   percentile {base * 1e3:7.3f} ms   ratio {mine / base:5.2f}"
+    print(f"{name:10} {n_phases:6} phases   {times}")
 
 
 def main() -> None:

@@ -1,0 +1,254 @@
+"""Selection: guards, ranking, ties, fallback, evidence."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ec_agents.candidates import Candidate, TokenSignals
+from ec_agents.errors import ConfigError, SelectionError
+from ec_agents.scoring import SCORERS, CentroidScorer, FirstScorer, RandomScorer, Scorer, StandardizedCentroidScorer
+from ec_agents.selection import DEFAULT_GUARDS, SEVERITY, Selector, action_key, degenerate_loop, select
+
+
+def signals(entropies: Sequence[float]) -> TokenSignals:
+    values = np.array(entropies, dtype=np.float32)
+    return TokenSignals(entropies=values, logprobs=-values, confidences=values + 1, n_alternatives=20)
+
+
+def peak(position: int, length: int = 20) -> TokenSignals:
+    """Signals with one high-entropy phase, at ``position``."""
+    return signals([2.0 if i == position else 0.1 for i in range(length)])
+
+
+def candidate(index: int, position: int | None = 5, **fields: Any) -> Candidate:
+    given_signals = None if position is None else peak(position)
+    return Candidate(**{"index": index, "content": f"answer {index}", "signals": given_signals, **fields})
+
+
+class Fixed:
+    """Scores read from a list, in candidate order."""
+
+    name = "fixed"
+
+    def __init__(self, scores: Sequence[float], best: Literal["lowest", "highest"] = "lowest") -> None:
+        self.scores = scores
+        self.best: Literal["lowest", "highest"] = best
+
+    def __call__(self, candidates: Sequence[Candidate]) -> Any:
+        return np.array(self.scores)
+
+
+def test_lowest_centroid_wins_with_its_evidence():
+    choice = select([candidate(0, 15), candidate(1, 2), candidate(2, 9)])
+    assert choice.chosen == 1
+    assert choice.order == [1, 2, 0]
+    assert choice.scores == {0: 15.5 / 20, 1: 2.5 / 20, 2: 9.5 / 20}
+    assert choice.margin == pytest.approx(7 / 20)
+    assert choice.reason == "ranked"
+    assert choice.selector == "centroid"
+    assert choice.n_tokens == {0: 20, 1: 20, 2: 20}
+    assert choice.n_phases == {0: 1, 1: 1, 2: 1}
+    assert choice.flaws == {}
+
+
+def test_ties_go_to_the_lower_index_whatever_the_order_of_the_list():
+    choice = select([candidate(2), candidate(0), candidate(1)])
+    assert (choice.chosen, choice.reason, choice.margin) == (0, "tie_break", 0.0)
+
+
+def test_tie_break_scorer_decides_between_equal_scores():
+    selector = Selector(tie_break=Fixed([3, 1, 2], best="highest"))
+    choice = selector([candidate(0), candidate(1), candidate(2)])
+    assert choice.order == [0, 2, 1]
+    assert choice.reason == "tie_break"
+
+
+def test_highest_end_can_be_the_best():
+    assert Selector(scorer=Fixed([0.1, 0.9, 0.5], best="highest"))([candidate(i) for i in range(3)]).order == [1, 2, 0]
+
+
+@pytest.mark.parametrize("missing", [None, signals([]), signals([math.nan] * 30)])
+def test_missing_data_never_wins(missing: TokenSignals | None):
+    choice = select([candidate(0, signals=missing), candidate(1, 19)])
+    assert choice.chosen == 1
+    assert choice.reason == "only_sound"
+    assert choice.scores[0] is None
+    assert "no_signal" in choice.flaws[0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_never_wins(bad: float):
+    choice = Selector(scorer=Fixed([bad, 0.99]))([candidate(0), candidate(1)])
+    assert choice.chosen == 1
+    assert choice.scores == {0: None, 1: 0.99}
+
+
+@pytest.mark.parametrize(
+    ("flaw", "fields"),
+    [
+        ("truncated", {"finish_reason": "length"}),
+        ("truncated", {"finish_reason": "MAX_TOKENS"}),
+        ("refused", {"finish_reason": "content_filter"}),
+        ("refused", {"flaws": {"refused": "I cannot help"}}),
+        ("empty", {"content": " \n"}),
+        ("degenerate_loop", {"content": "Let me think. " + "no wait, " * 60}),
+        ("invalid_action", {"flaws": {"invalid_action": "unknown tool"}}),
+    ],
+)
+def test_a_flawed_candidate_loses_however_low_its_centroid(flaw: str, fields: dict[str, Any]):
+    choice = select([candidate(0, 0, **fields), candidate(1, 19)])
+    assert choice.chosen == 1
+    assert choice.reason == "only_sound"
+    assert set(choice.flaws[0]) == {flaw}
+
+
+def test_flawed_candidates_rank_by_severity_then_score():
+    rows = [candidate(i, flaws={name: "found"}) for i, name in enumerate(reversed(SEVERITY))]
+    choice = select([*rows, candidate(7, 9, flaws={"truncated": "found"})])
+    assert choice.order == [5, 7, 4, 3, 2, 1, 0]
+    assert choice.reason == "all_flawed"
+
+
+def test_a_flaw_from_ones_own_guard_counts():
+    selector = Selector(guards={**DEFAULT_GUARDS, "rude": lambda c: "rude" if "fool" in c.content else None})
+    choice = selector([candidate(0, 0, content="you fool"), candidate(1, 19)])
+    assert choice.chosen == 1
+    assert choice.flaws == {0: {"rude": "rude"}}
+
+
+def test_nothing_to_rank_by_falls_back_to_the_first_and_says_so(caplog: pytest.LogCaptureFixture):
+    choice = select([candidate(1, None), candidate(0, None)])
+    assert (choice.chosen, choice.reason, choice.margin) == (0, "fallback", None)
+    assert choice.scores == {0: None, 1: None}
+    assert "none of 2 candidates could be scored" in caplog.text
+
+
+def test_fallback_can_raise():
+    with pytest.raises(SelectionError, match="none of 2 candidates could be scored; candidate 0: .*logprobs"):
+        Selector(fallback="raise")([candidate(0, None), candidate(1, None)])
+
+
+def test_fallback_never_prefers_an_empty_answer(caplog: pytest.LogCaptureFixture):
+    choice = select([candidate(0, None, content=""), candidate(1, None)])
+    assert choice.chosen == 1
+    assert choice.reason == "fallback"
+
+
+def test_texts_under_min_tokens_are_left_to_the_fallback():
+    rows = [candidate(0, 15), candidate(1, 2)]
+    assert Selector(min_tokens=20)(rows).chosen == 1
+    choice = Selector(min_tokens=21)(rows)
+    assert (choice.chosen, choice.reason) == (0, "fallback")
+    assert choice.scores[1] == 2.5 / 20
+
+
+def test_one_candidate():
+    assert select([candidate(3)]).reason == "only_one"
+    assert select([candidate(3, None)]).reason == "only_one"
+    assert select([candidate(3, finish_reason="length")]).reason == "all_flawed"
+
+
+@pytest.mark.parametrize("bad", [[], [candidate(0), candidate(0)]])
+def test_no_candidates_or_equal_indexes_are_refused(bad: list[Candidate]):
+    with pytest.raises(ConfigError, match="different indexes are needed"):
+        select(bad)
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ConfigError, match="min_tokens must be 0 or more; found -1"):
+        Selector(min_tokens=-1)
+    with pytest.raises(ConfigError, match="fallback must be a scorer or 'raise'; found 'first'"):
+        Selector(fallback="first")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="scorer 'fixed' must return 2 scores"):
+        Selector(scorer=Fixed([1.0]))([candidate(0), candidate(1)])
+    with pytest.raises(ConfigError, match="one of paper, short; found 'long'"):
+        CentroidScorer("long")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "short", "a perfectly ordinary answer. " * 2, "x" * 200, "|---|---|---|\n" * 3, "0.3333333333333333"],
+)
+def test_ordinary_texts_are_no_loops(text: str):
+    assert degenerate_loop(Candidate(index=0, content=text)) is None
+
+
+@given(st.text(min_size=1, max_size=40), st.text(max_size=30))
+def test_any_piece_repeated_long_enough_is_a_loop(piece: str, before: str):
+    repeats = max(4, math.ceil(240 / len(piece))) + 1
+    assert degenerate_loop(Candidate(index=0, content=before + piece * repeats)) is not None
+
+
+def test_action_key_ignores_argument_order_case_and_spacing():
+    first = Candidate(index=0, tool_calls=[{"name": "f", "args": {"a": 1, "b": "é"}, "id": "1"}])
+    second = Candidate(index=1, tool_calls=[{"name": "f", "args": {"b": "é", "a": 1}, "id": "2"}])
+    assert action_key(first) == action_key(second)
+    assert action_key(Candidate(index=0, content=" The  Answer\n")) == action_key(Candidate(index=1, content="the answer"))
+    assert action_key(Candidate(index=0, content="f")) != action_key(first)
+
+
+def test_baselines():
+    rows = [candidate(2, None), candidate(5, None)]
+    assert FirstScorer()(rows).tolist() == [2, 5]
+    assert RandomScorer(7)(rows).tolist() == RandomScorer(7)(rows).tolist()
+    assert len({Selector(scorer=RandomScorer(s))([candidate(0), candidate(1)]).chosen for s in range(20)}) == 2
+
+
+def test_every_named_scorer_scores():
+    rows = [candidate(0, 3), candidate(1, 9)]
+    for name, make in SCORERS.items():
+        assert make().name in name
+        assert np.isfinite(make()(rows)).all()
+
+
+def test_standardized_centroid_does_not_favour_short_texts():
+    rng = np.random.default_rng(0)
+    counts = {"centroid": 0, "standardized-centroid": 0}
+    scorers: list[Scorer] = [CentroidScorer("short"), StandardizedCentroidScorer("short")]
+    for _ in range(150):
+        rows = [Candidate(index=i, signals=signals(rng.gamma(0.3, 1, 60 if i < 4 else 600))) for i in range(8)]
+        for scorer in scorers:
+            counts[scorer.name] += Selector(scorer=scorer, guards={})(rows).chosen < 4
+    assert counts["centroid"] > 100
+    assert 45 < counts["standardized-centroid"] < 105
+
+
+_entropies = st.lists(st.one_of(st.floats(0, 3, width=32), st.just(math.nan)), max_size=60)
+_flaws = st.dictionaries(st.sampled_from([*SEVERITY, "own"]), st.just("found"), max_size=2)
+_candidates = st.lists(st.tuples(st.one_of(st.none(), _entropies), _flaws), min_size=1, max_size=12)
+
+
+@given(_candidates, st.randoms())
+def test_selection_properties(rows: list[tuple[list[float] | None, dict[str, str]]], random: Any):
+    drawn = [
+        Candidate(index=i, content="text", signals=None if e is None else signals(e), flaws=flaws)
+        for i, (e, flaws) in enumerate(rows)
+    ]
+    choice = select(drawn)
+    assert sorted(choice.order) == list(range(len(rows)))
+    assert choice.chosen == choice.order[0]
+    sound = [c.index for c in drawn if not c.flaws and choice.scores[c.index] is not None]
+    if sound:
+        scored = {i: choice.scores[i] for i in sound}
+        assert choice.chosen == min(sound, key=lambda i: (scored[i], i))
+        assert choice.order[: len(sound)] == sorted(sound, key=lambda i: (scored[i], i))
+    shuffled = list(drawn)
+    random.shuffle(shuffled)
+    assert select(shuffled) == choice
+
+
+@given(_entropies, _flaws)
+def test_candidates_survive_the_state_exactly(entropies: list[float], flaws: dict[str, str]):
+    before = candidate(0, signals=signals(entropies), flaws=flaws, tool_calls=[{"name": "f", "args": {"é": [1]}}])
+    after = Candidate.from_builtins(before.to_builtins())
+    assert after.signals is not None
+    assert before.signals is not None
+    for field in ("entropies", "logprobs", "confidences"):
+        np.testing.assert_array_equal(getattr(after.signals, field), getattr(before.signals, field))
+    assert dataclasses.replace(after, signals=None) == dataclasses.replace(before, signals=None)
