@@ -109,9 +109,9 @@ def token_entropies(top_logprobs: ArrayLike, *, top_k: int | None = None) -> Flo
     weights = np.exp(relative)
     total = weights.sum(axis=1)
     entropies = np.full(len(rows), np.nan)
+    # total >= 1 and relative <= 0, so that neither term is ever negative, not even by rounding.
     entropies[present] = np.log(total) - (weights * relative).sum(axis=1) / total
-    # Rounding may leave a tiny negative number or -0.0.
-    return np.maximum(entropies, 0.0) + 0.0
+    return entropies
 
 
 def entropy_thresholds(entropies: ArrayLike, config: PhaseConfig) -> tuple[float, float]:

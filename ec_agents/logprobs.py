@@ -107,9 +107,8 @@ def choice_candidate(choice: Json, index: int) -> Candidate:
     Raises:
         LogprobsMalformed: It is not a choice at all.
     """
-    message = choice.get("message") if _is_mapping(choice) else None
-    if message is None and _is_mapping(choice) and "text" in choice:
-        message = {"content": choice["text"]}
+    fields: Json = choice if _is_mapping(choice) else {}
+    message: Any = {"content": fields["text"]} if "text" in fields else fields.get("message")
     if not _is_mapping(message):
         raise LogprobsMalformed(f"choice {index} must have a message or a text; found {_outline(choice)}")
     flaws: dict[str, str] = {}
@@ -118,12 +117,13 @@ def choice_candidate(choice: Json, index: int) -> Candidate:
         signals = token_signals(choice)
     except LogprobsError as error:
         flaws["no_signal"] = str(error)
+    calls: Any = message.get("tool_calls") or []
     if message.get("refusal"):
         flaws["refused"] = str(message["refusal"])
     return Candidate(
         index=index,
         content=_text(message.get("content")),
-        tool_calls=[_tool_call(call, flaws) for call in message.get("tool_calls") or ()],
+        tool_calls=[_tool_call(call, flaws) for call in (calls if _is_list(calls) else [calls])],
         finish_reason=choice.get("finish_reason"),
         signals=signals,
         flaws=flaws,
@@ -138,7 +138,7 @@ def response_candidates(response: Json) -> list[Candidate]:
     """
     choices = response.get("choices") if _is_mapping(response) else None
     if not _is_list(choices) or not choices:
-        raise LogprobsMalformed(f"a response with a list of choices is needed; found {_outline(response)}")
+        raise LogprobsMalformed(f"a response with a non-empty list of choices is needed; found {_outline(response)}")
     return [choice_candidate(choice, index) for index, choice in enumerate(choices)]
 
 

@@ -67,10 +67,15 @@ class CentroidScorer:
         return np.array([self._score(candidate) for candidate in candidates], dtype=np.float64)
 
     def phases(self, candidate: Candidate) -> NDArray[np.int64]:
-        """High-entropy phases of one candidate, ``(P, 2)``; none without signals."""
-        if candidate.signals is None:
+        """High-entropy phases of one candidate, ``(P, 2)``; none without signals or where every entropy is 0.
+
+        One alternative a token, a grammar that allows one token, and servers that report the distribution after
+        temperature 0 all give zeros: nothing was measured.
+        """
+        signals = candidate.signals
+        if signals is None or not (signals.entropies > 0).any():
             return np.empty((0, 2), dtype=np.int64)
-        return high_entropy_phases(candidate.signals.entropies, self.config)
+        return high_entropy_phases(signals.entropies, self.config)
 
     def _score(self, candidate: Candidate) -> float:
         n_tokens = 0 if candidate.signals is None else candidate.signals.n_tokens

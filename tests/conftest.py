@@ -1,9 +1,12 @@
 """Shared by all tests: nothing outside this machine can be reached."""
 
+import os
 import socket
 from typing import Any
 
 import pytest
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tests run in parallel processes, each with one thread
 
 _LOOPBACK = ("127.", "::1", "localhost")
 

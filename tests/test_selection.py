@@ -73,7 +73,7 @@ def test_highest_end_can_be_the_best():
     assert Selector(scorer=Fixed([0.1, 0.9, 0.5], best="highest"))([candidate(i) for i in range(3)]).order == [1, 2, 0]
 
 
-@pytest.mark.parametrize("missing", [None, signals([]), signals([math.nan] * 30)])
+@pytest.mark.parametrize("missing", [None, signals([]), signals([math.nan] * 30), signals([0.0] * 30)])
 def test_missing_data_never_wins(missing: TokenSignals | None):
     choice = select([candidate(0, signals=missing), candidate(1, 19)])
     assert choice.chosen == 1
@@ -233,6 +233,8 @@ def test_selection_properties(rows: list[tuple[list[float] | None, dict[str, str
     choice = select(drawn)
     assert sorted(choice.order) == list(range(len(rows)))
     assert choice.chosen == choice.order[0]
+    for c in drawn:
+        assert (choice.scores[c.index] is None) == (c.signals is None or not (c.signals.entropies > 0).any())
     sound = [c.index for c in drawn if not c.flaws and choice.scores[c.index] is not None]
     if sound:
         scored = {i: choice.scores[i] for i in sound}

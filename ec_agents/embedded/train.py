@@ -80,8 +80,8 @@ class Muon(torch.optim.Optimizer):
     Works like ``torch.optim.Muon``, which iterates in bfloat16; float32 is some ten times as fast on a CPU.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -91,6 +91,7 @@ class Muon(torch.optim.Optimizer):
                 velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
                 velocity.lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonal(p.grad.lerp(velocity, group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(update, alpha=group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
 
 
@@ -158,7 +159,7 @@ def train(steps: int, out: Path, *, seed: int = 0) -> None:
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     optimizers = [
-        Muon(matrices, lr=0.02),
+        Muon(matrices, lr=0.01, weight_decay=0.3),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     schedule = [

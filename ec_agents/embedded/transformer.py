@@ -22,6 +22,11 @@ Attend = Callable[[int, Floats, Floats, Floats], Floats]
 
 CONTEXT = 512
 """Most tokens that a prompt and its response may have together."""
+SMALL = 2**18
+"""Multiplications of the largest matrix product that OpenBLAS runs on the calling thread.
+
+Above it, its threads wait for one another actively. With another process on the cores, that made steps 30 times slower.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,16 +149,25 @@ class Transformer:
             ids: Token ids, ``(T,)``, 1 to ``CONTEXT`` of them.
         """
         tokens = np.asarray(ids, np.int64)
-        size = (self.shape.layers, self.shape.heads, len(tokens), self.shape.width // self.shape.heads)
-        keys, values = np.empty(size, np.float32), np.empty(size, np.float32)
-        future = np.triu(np.full((len(tokens), len(tokens)), -np.inf, np.float32), 1)
+        size = self.shape.width // self.shape.heads
+        keys = np.empty((self.shape.layers, self.shape.heads, len(tokens), size), np.float32)
+        values = np.empty_like(keys)
+        chunk = SMALL // (size * len(tokens))
+        for start in range(0, len(tokens), chunk):
+            hidden = self._read(tokens, start, min(start + chunk, len(tokens)), keys, values)
+        return Prefill(_product(hidden[-1:], self._unembed)[0], keys, values)
+
+    def _read(self, tokens: Ints, start: int, stop: int, keys: Floats, values: Floats) -> Floats:
+        """Hidden states of a part of a prompt; its keys and values are put beside those of what came before."""
+        positions = np.arange(start, stop)
+        future = np.where(np.arange(stop) > positions[:, None], np.float32(-np.inf), np.float32(0))
 
         def attend(layer: int, q: Floats, k: Floats, v: Floats) -> Floats:
-            keys[layer], values[layer] = k.swapaxes(0, 1), v.swapaxes(0, 1)
-            return _mix(q.swapaxes(0, 1), keys[layer], values[layer], future).swapaxes(0, 1).reshape(len(tokens), -1)
+            keys[layer, :, start:stop], values[layer, :, start:stop] = k.swapaxes(0, 1), v.swapaxes(0, 1)
+            mixed = _mix(q.swapaxes(0, 1), keys[layer, :, :stop], values[layer, :, :stop], future)
+            return mixed.swapaxes(0, 1).reshape(stop - start, -1)
 
-        hidden = self._blocks(tokens, np.arange(len(tokens)), attend)
-        return Prefill((hidden[-1:] @ self._unembed)[0], keys, values)
+        return self._blocks(tokens[start:stop], positions, attend)
 
     def step(self, tokens: ArrayLike, cache: Cache) -> Floats:
         """Append one token to each row of the cache.
@@ -177,7 +191,7 @@ class Transformer:
 
         hidden = self._blocks(np.asarray(tokens, np.int64), at, attend)
         cache.lengths[:count] += 1
-        return hidden @ self._unembed
+        return _product(hidden, self._unembed)
 
     def _blocks(self, tokens: Ints, positions: Ints, attend: Attend) -> Floats:
         """Normalised hidden states of ``(N,)`` tokens, ``(N, width)``."""
@@ -185,18 +199,32 @@ class Transformer:
         cos, sin = self._cos[positions], self._sin[positions]
         heads, hidden = self.shape.heads, self.shape.hidden
         for i, layer in enumerate(self._layers):
-            qkv = (_normalised(x) @ layer.qkv).reshape(len(x), 3 * heads, -1)
+            qkv = _product(_normalised(x), layer.qkv).reshape(len(x), 3 * heads, -1)
             turned = _rotated(qkv[:, : 2 * heads], cos, sin)
-            x += attend(i, turned[:, :heads], turned[:, heads:], qkv[:, 2 * heads :]) @ layer.out
-            gate_up = _normalised(x) @ layer.gate_up
+            mixed = attend(i, turned[:, :heads], turned[:, heads:], qkv[:, 2 * heads :])
+            x += _product(mixed, layer.out)
+            gate_up = _product(_normalised(x), layer.gate_up)
             gate, up = gate_up[:, :hidden], gate_up[:, hidden:]
             # The matrix gives half the gate g, and silu(g) = h + h·tanh(h) with h = g/2, which cannot overflow.
             gated = np.tanh(gate)
             gated += 1
             gated *= gate
             gated *= up
-            x += gated @ layer.down
+            x += _product(gated, layer.down)
         return _normalised(x)
+
+
+def _product(x: Floats, matrix: Floats) -> Floats:
+    """``x @ matrix`` in pieces that are ``SMALL``."""
+    rows, (inner, columns) = len(x), matrix.shape
+    width = max(SMALL // (rows * inner), 1)
+    if width >= columns:
+        return x @ matrix
+    product = np.empty((rows, columns), np.float32)
+    for start in range(0, columns, width):
+        piece = slice(start, start + width)
+        np.matmul(x, matrix[:, piece], out=product[:, piece])
+    return product
 
 
 def _normalised(x: Floats) -> Floats:
