@@ -31,7 +31,8 @@ _HOMES = {
     ),
     "graph": ("CentroidScorerNode", "CentroidState", "SamplingNode", "create_centroid_agent", "route_selected"),
     "logprobs": ("choice_candidate", "response_candidates", "token_signals"),
-    "sampling": ("message_candidate", "sample"),
+    "messages": ("as_candidate", "message_candidate"),
+    "sampling": ("sample",),
     "scoring": ("SCORERS", "CentroidScorer", "FirstScorer", "RandomScorer", "Scorer", "StandardizedCentroidScorer"),
     "selection": ("DEFAULT_GUARDS", "Selector", "action_key", "select"),
 }

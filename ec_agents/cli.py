@@ -34,7 +34,9 @@ def demo(
     tasks: Annotated[int, typer.Option(help="Tasks of each family in the summary; 0 for none.", min=0)] = 30,
     seed: Annotated[int, typer.Option(help="Which tasks.")] = 0,
     temperature: Annotated[float, typer.Option(help="Sampling temperature.", min=0.0)] = 1.0,
-    base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server instead of the embedded model.")] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="An OpenAI-compatible server instead of the embedded model.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Name of the model on that server.")] = None,
 ) -> None:
     """Watch an agent choose among N answers at every step, on a real model, without a key or a network."""
@@ -50,7 +52,9 @@ def _chat_model(base_url: str | None, model: str | None, temperature: float) -> 
     try:
         from langchain_openai import ChatOpenAI  # noqa: PLC0415 - an optional extra
     except ImportError as error:
-        raise SystemExit(f"--base-url needs the extra 'langchain' ({error}): pip install 'ec-agents[langchain]'") from error
+        raise SystemExit(
+            f"--base-url needs the extra 'langchain' ({error}): pip install 'ec-agents[langchain]'"
+        ) from error
     key = SecretStr(os.environ.get("OPENAI_API_KEY", "none"))
     return ChatOpenAI(model=model, base_url=base_url, api_key=key, temperature=temperature, timeout=120)
 

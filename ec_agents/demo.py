@@ -198,7 +198,9 @@ async def _play(model: BaseChatModel, task: Task, policy: Policy, n: int) -> boo
     return task.check(state["messages"][-1].text, oracle.expressions)
 
 
-async def _measure_one_step(model: BaseChatModel, tasks: Sequence[Task], n: int, on_done: Callable[[], None]) -> Results:
+async def _measure_one_step(
+    model: BaseChatModel, tasks: Sequence[Task], n: int, on_done: Callable[[], None]
+) -> Results:
     results = Results(family=tasks[0].family if tasks else "")
     asked = model.bind(logprobs=True, top_logprobs=20)
 

@@ -8,6 +8,7 @@ EcAgentsError
 │   ├── LogprobsMissing               the response carries none
 │   └── LogprobsMalformed             the payload is not what the provider documents
 ├── SamplingError                     fewer than min_candidates succeeded; .failures holds each
+├── FailedCall                        a failed call of a step, as read back from a checkpoint
 ├── SelectionError                    nothing could be scored and the policy is to raise
 └── StateError                        a checkpoint holds candidates that this version cannot read
 ```
@@ -49,6 +50,10 @@ class SamplingError(EcAgentsError):
     def __init__(self, message: str, failures: Mapping[int, BaseException]) -> None:
         super().__init__(message)
         self.failures = failures
+
+
+class FailedCall(EcAgentsError):
+    """A failed call of a step, as read back from a checkpoint; its text says what was raised."""
 
 
 class SelectionError(EcAgentsError):

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal, TypedDict, cast
 
 import msgspec
-from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import (
     AIMessage,
     AnyMessage,
@@ -19,21 +19,29 @@ from langchain_core.messages import (
     message_to_dict,
     messages_from_dict,
 )
-from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
+from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.tools import BaseTool
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.config import get_stream_writer
-from langgraph.constants import END, START, TAG_NOSTREAM
+from langgraph.constants import END, START
 from langgraph.graph import StateGraph
 from langgraph.graph.message import add_messages
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.prebuilt import ToolNode
 from langgraph.store.base import BaseStore
-from pydantic import BaseModel, ValidationError
 
 from ec_agents.candidates import FORMAT, Candidate, CandidateSet
-from ec_agents.errors import ConfigError, SamplingError, StateError
-from ec_agents.sampling import check_sampling, message_candidate, run_blocking, sample
+from ec_agents.errors import ConfigError, FailedCall, StateError
+from ec_agents.messages import (
+    decision_record,
+    describe_failure,
+    invalid_action,
+    message_candidate,
+    outline,
+    sampling_model,
+    without_logprobs,
+)
+from ec_agents.sampling import check_sampling, run_blocking, sample
 from ec_agents.selection import Selector
 
 Tool = BaseTool | Callable[..., Any] | dict[str, Any]
@@ -85,7 +93,7 @@ class SamplingNode(Runnable[State, dict[str, Any]]):
         self.name = "sample"
         self.n = n
         self._limits = {"min_candidates": min_candidates, "timeout": timeout, "max_concurrency": max_concurrency}
-        self._model = _prepare(model, tools, top_logprobs)
+        self._model = sampling_model(model, tools, top_logprobs)
         self._tools = _tools_by_name(tools)
         self._prompt = [SystemMessage(system_prompt)] if isinstance(system_prompt, str) else [system_prompt]
 
@@ -104,8 +112,9 @@ class SamplingNode(Runnable[State, dict[str, Any]]):
         prompt = [message for message in self._prompt if message is not None]
         messages: list[BaseMessage] = [*prompt, *state["messages"]]
 
-        def on_result(index: int, candidate: Candidate | None, failure: BaseException | None) -> None:
-            write({"ec_agents": "candidate", "index": index, **_outline(candidate, failure)})
+        def on_result(index: int, result: Candidate | BaseException) -> None:
+            shown = outline(result) if isinstance(result, Candidate) else {"failure": describe_failure(result)}
+            write({"ec_agents": "candidate", "index": index, **shown})
 
         drawn = await sample(
             lambda _: self._model.ainvoke(messages, config),
@@ -118,7 +127,7 @@ class SamplingNode(Runnable[State, dict[str, Any]]):
 
     def _parse(self, response: AIMessage, index: int) -> Candidate:
         candidate = message_candidate(response, index)
-        problem = _invalid_action(candidate, self._tools) if self._tools else None
+        problem = invalid_action(candidate, self._tools) if self._tools else None
         if problem is None or "invalid_action" in candidate.flaws:
             return candidate
         return replace(candidate, flaws={**candidate.flaws, "invalid_action": problem})
@@ -145,10 +154,8 @@ class CentroidScorerNode(Runnable[State, dict[str, Any]]):
         """Choose among the candidates in the state."""
         drawn = unpack_candidates(input.get("ec_candidates"))
         selection = self.selector(drawn.candidates)
-        failures = {str(i): str(failure) for i, failure in drawn.failures.items()}
-        record = {**selection.to_builtins(), "failures": failures, "usage": _total_usage(drawn.candidates)}
-        outlines = {str(c.index): _outline(c, None) for c in drawn.candidates}
-        decision = {**record, "candidates": outlines}
+        record = decision_record(drawn, selection)
+        decision = {**record, "candidates": {str(c.index): outline(c) for c in drawn.candidates}}
         _writer()({"ec_agents": "choice", **decision})
         winner: AIMessage = drawn.messages[selection.chosen]
         metadata = {**winner.response_metadata, "ec_agents": record}
@@ -250,8 +257,8 @@ def create_centroid_agent(
 
 def pack_candidates(drawn: CandidateSet) -> dict[str, Any]:
     """Candidates, their messages without log-probabilities, and the failures, as builtins for the state."""
-    rows = [(c.to_builtins(), message_to_dict(_without_logprobs(drawn.messages[c.index]))) for c in drawn.candidates]
-    failures = {str(i): f"{type(failure).__name__}: {failure}" for i, failure in drawn.failures.items()}
+    rows = [(c.to_builtins(), message_to_dict(without_logprobs(drawn.messages[c.index]))) for c in drawn.candidates]
+    failures = {str(i): describe_failure(failure) for i, failure in drawn.failures.items()}
     return {
         "format": FORMAT,
         "failures": failures,
@@ -260,7 +267,7 @@ def pack_candidates(drawn: CandidateSet) -> dict[str, Any]:
 
 
 def unpack_candidates(state: Mapping[str, Any] | None) -> CandidateSet:
-    """Undo ``pack_candidates``; failures come back as ``SamplingError`` with their text.
+    """Undo ``pack_candidates``; failures come back as ``FailedCall``.
 
     Raises:
         StateError: There are no candidates, another version packed them, or they are damaged.
@@ -283,31 +290,8 @@ def unpack_candidates(state: Mapping[str, Any] | None) -> CandidateSet:
     return CandidateSet(
         candidates=candidates,
         messages={c.index: message for c, message in zip(candidates, messages, strict=True)},
-        failures={int(i): SamplingError(text, {}) for i, text in state.get("failures", {}).items()},
+        failures={int(i): FailedCall(text) for i, text in state.get("failures", {}).items()},
     )
-
-
-def _prepare(
-    model: Runnable[LanguageModelInput, AIMessage], tools: Sequence[Tool], top_logprobs: int | None
-) -> Runnable[LanguageModelInput, AIMessage]:
-    """The model with its tools, asked for log-probabilities, hidden from token streams, neither streaming nor cached.
-
-    Streaming loses the log-probabilities of tool calls on several servers; a cache would give N equal candidates. What
-    was bound to the model is bound again at the end, because ``bind_tools`` on a binding drops it.
-    """
-    bound: dict[str, Any] = {}
-    config: RunnableConfig = {}
-    while isinstance(model, RunnableBinding):
-        binding = cast("RunnableBinding[LanguageModelInput, AIMessage]", model)
-        bound, config, model = {**binding.kwargs, **bound}, {**binding.config, **config}, binding.bound
-    if not isinstance(model, BaseChatModel):
-        raise ConfigError(f"model must be a LangChain BaseChatModel, or one with .bind(); found {type(model).__name__}")
-    hidden = [*(model.tags or []), TAG_NOSTREAM]
-    prepared: Any = model.model_copy(update={"tags": hidden, "disable_streaming": True, "cache": False})
-    if tools:
-        prepared = prepared.bind_tools(tools)
-    asked = {} if top_logprobs is None else {"logprobs": True, "top_logprobs": top_logprobs}
-    return prepared.bind(**{**asked, **bound}).with_config(config)
 
 
 def _tool_node(tools: Sequence[Tool]) -> ToolNode | None:
@@ -318,50 +302,6 @@ def _tool_node(tools: Sequence[Tool]) -> ToolNode | None:
 def _tools_by_name(tools: Sequence[Tool]) -> Mapping[str, BaseTool]:
     node = _tool_node(tools)
     return {} if node is None else node.tools_by_name
-
-
-def _invalid_action(candidate: Candidate, tools: Mapping[str, BaseTool]) -> str | None:
-    """What is wrong with a candidate's tool calls, if anything."""
-    for call in candidate.tool_calls:
-        tool = tools.get(call["name"])
-        if tool is None:
-            return f"unknown tool {call['name']!r}; known: {', '.join(tools)}"
-        schema = tool.tool_call_schema
-        if isinstance(schema, type) and issubclass(schema, BaseModel):
-            try:
-                schema.model_validate(call["args"])
-            except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                where = ".".join(map(str, first["loc"])) or "arguments"
-                return f"arguments of {call['name']!r} do not fit: {where}: {first['msg']}"
-    return None
-
-
-def _without_logprobs(message: AIMessage) -> AIMessage:
-    metadata = {key: value for key, value in message.response_metadata.items() if key != "logprobs"}
-    return message.model_copy(update={"response_metadata": metadata})
-
-
-def _outline(candidate: Candidate | None, failure: BaseException | None) -> dict[str, Any]:
-    """What a person wants to see of a candidate or a failed call."""
-    if candidate is None:
-        return {"failure": f"{type(failure).__name__}: {failure}"}
-    return {
-        "content": candidate.content,
-        "tool_calls": [dict(call) for call in candidate.tool_calls],
-        "finish_reason": candidate.finish_reason,
-        "flaws": dict(candidate.flaws),
-        "n_tokens": None if candidate.signals is None else candidate.signals.n_tokens,
-    }
-
-
-def _total_usage(candidates: Sequence[Candidate]) -> dict[str, int]:
-    """Tokens of all candidates together, as far as they are reported."""
-    total: dict[str, int] = {}
-    for candidate in candidates:
-        for key, count in (candidate.usage or {}).items():
-            total[key] = total.get(key, 0) + count
-    return total
 
 
 def _writer() -> Callable[[dict[str, Any]], None]:

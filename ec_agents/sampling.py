@@ -2,32 +2,22 @@
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from contextvars import copy_context
-from dataclasses import replace
 from functools import cache
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar
 
-from langchain_core.messages import AIMessage
 from langgraph.errors import GraphBubbleUp
 
 from ec_agents.candidates import Candidate, CandidateSet
-from ec_agents.errors import ConfigError, LogprobsError, LogprobsMalformed, SamplingError
-from ec_agents.logprobs import choice_candidate, response_candidates, token_signals
+from ec_agents.errors import ConfigError, SamplingError
+from ec_agents.messages import as_candidate
 
 _T = TypeVar("_T")
 
 
-class OnResult(Protocol):
-    """Called once for each call of a step, as it ends."""
-
-    def __call__(self, index: int, candidate: Candidate | None, failure: BaseException | None) -> None:
-        """Exactly one of ``candidate`` and ``failure`` is given."""
-        ...
-
-
-def _ignore(index: int, candidate: Candidate | None, failure: BaseException | None) -> None: ...
+def _ignore(index: int, result: Candidate | BaseException) -> None: ...
 
 
 async def sample(
@@ -38,7 +28,7 @@ async def sample(
     timeout: float | None = None,  # noqa: ASYNC109 - a limit of each call, not of this function
     max_concurrency: int | None = None,
     parse: Callable[[Any, int], Candidate] | None = None,
-    on_result: OnResult = _ignore,
+    on_result: Callable[[int, Candidate | BaseException], None] = _ignore,
 ) -> CandidateSet:
     """Call the model N times at once and keep what succeeds.
 
@@ -52,7 +42,7 @@ async def sample(
         timeout: Seconds that one call may take once it is under way; None waits for ever.
         max_concurrency: At most so many calls at once; None starts all.
         parse: Response and index → candidate; by default ``as_candidate``.
-        on_result: Told about each result as it comes.
+        on_result: Told the index and the candidate or failure of each call as it ends.
 
     Returns:
         Candidates in index order, whatever order they came in; raw responses and failures by index.
@@ -83,9 +73,9 @@ async def sample(
         except (Exception, asyncio.CancelledError) as failure:
             if _is_cancelled():
                 raise
-            on_result(index, None, failure)
+            on_result(index, failure)
             return failure
-        on_result(index, candidate, None)
+        on_result(index, candidate)
         return response, candidate
 
     results = await _run_all([one(index) for index in range(n)])
@@ -126,60 +116,6 @@ def run_blocking(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
     except BaseException:
         loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
         raise
-
-
-def as_candidate(response: object, index: int) -> Candidate:
-    """A candidate from what a call returned.
-
-    Understands a ``Candidate``, a LangChain ``AIMessage``, an OpenAI-style response or choice as a dict, and objects of
-    the OpenAI SDK. A response with several choices gives the first.
-
-    Raises:
-        LogprobsMalformed: The response is none of these.
-    """
-    if isinstance(response, Candidate):
-        return replace(response, index=index)
-    if isinstance(response, AIMessage):
-        return message_candidate(response, index)
-    dump = getattr(response, "model_dump", None)
-    data: object = dump() if callable(dump) else response
-    if not isinstance(data, Mapping):
-        found = type(response).__name__
-        raise LogprobsMalformed(f"a call must return an AIMessage, a Candidate or an OpenAI-style dict; found {found}")
-    payload = dict(cast("Mapping[str, Any]", data))
-    if "choices" in payload:
-        return replace(response_candidates(payload)[0], index=index)
-    return choice_candidate(payload, index)
-
-
-def message_candidate(message: AIMessage, index: int) -> Candidate:
-    """A candidate from a LangChain message whose ``response_metadata["logprobs"]`` has OpenAI's form.
-
-    Missing or malformed log-probabilities, undecodable tool calls and refusals become flaws.
-    """
-    metadata: dict[str, Any] = message.response_metadata
-    flaws: dict[str, str] = {}
-    try:
-        signals = token_signals(metadata.get("logprobs"))
-    except LogprobsError as error:
-        signals = None
-        flaws["no_signal"] = str(error)
-    if message.invalid_tool_calls:
-        bad = message.invalid_tool_calls[0]
-        flaws["invalid_action"] = f"arguments of {bad.get('name')!r} are not a JSON object: {bad.get('args')!r}"
-    refusal = cast("object", message.additional_kwargs.get("refusal"))
-    if refusal:
-        flaws["refused"] = str(refusal)
-    usage = message.usage_metadata
-    return Candidate(
-        index=index,
-        content=str(message.text),
-        tool_calls=[{"name": c["name"], "args": c["args"], "id": c["id"]} for c in message.tool_calls],
-        finish_reason=metadata.get("finish_reason") or metadata.get("stop_reason") or metadata.get("done_reason"),
-        signals=signals,
-        usage=None if usage is None else {k: usage[k] for k in ("input_tokens", "output_tokens", "total_tokens")},
-        flaws=flaws,
-    )
 
 
 def check_sampling(n: int, min_candidates: int, timeout: float | None, max_concurrency: int | None) -> None:

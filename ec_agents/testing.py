@@ -56,7 +56,9 @@ def profile_logprobs(profile: str) -> dict[str, Any]:
 
 
 def _entry(logprobs: Sequence[float]) -> dict[str, Any]:
-    alternatives = [{"token": token, "bytes": [ord(token)], "logprob": p} for token, p in zip("abcd", logprobs, strict=True)]
+    alternatives = [
+        {"token": token, "bytes": [ord(token)], "logprob": p} for token, p in zip("abcd", logprobs, strict=True)
+    ]
     return {**alternatives[0], "top_logprobs": alternatives}
 
 

@@ -52,8 +52,8 @@ def test_names_of_control_tokens_are_their_texts():
 def test_a_conversation_is_rendered_as_in_training():
     turns = [Turn("user", "hi"), Turn("assistant", "", [("calc", {"expression": "1+2"})]), Turn("tool", "3 left: 3")]
     assert v.decode(render(turns, ["calc"])) == (
-        '<|tools|>calc<|user|>hi<|assistant|><tool_call>{"name": "calc", "arguments": {"expression": "1+2"}}</tool_call>'
-        "<|end|><|tool|>3 left: 3<|assistant|>"
+        '<|tools|>calc<|user|>hi<|assistant|><tool_call>{"name": "calc", "arguments": {"expression": "1+2"}}'
+        "</tool_call><|end|><|tool|>3 left: 3<|assistant|>"
     )
 
 
@@ -95,7 +95,7 @@ def test_a_solution_is_right_and_anything_less_is_wrong(task: Task):
 
 
 @pytest.mark.parametrize(("answer", "right"), [("answer 51", True), ("answer 50", False), ("51", False), ("", False)])
-def test_word_problems_ask_for_a_number(answer: str, right: bool):
+def test_word_problems_ask_for_a_number(answer: str, *, right: bool):
     assert Task(family="plain", prompt="", goal=51).check(answer) is right
 
 

@@ -161,7 +161,9 @@ def test_a_failed_and_a_hung_call_take_no_other_down():
 
 
 def test_too_few_successes_raise_and_the_run_can_go_on_from_where_it_was():
-    model = ScriptedChatModel(replies=[*two_steps()[:3], Reply(error=ConnectionError("reset")), *[Reply(content="3")] * 5])
+    model = ScriptedChatModel(
+        replies=[*two_steps()[:3], Reply(error=ConnectionError("reset")), *[Reply(content="3")] * 5]
+    )
     agent = create_centroid_agent(model, [add], n=3, min_candidates=3, checkpointer=InMemorySaver())
     with pytest.raises(SamplingError, match=r"2 of 3 calls succeeded, 3 needed .*ConnectionError: reset"):
         agent.invoke(ASK, THREAD)
@@ -207,9 +209,12 @@ def test_if_every_action_is_invalid_the_model_is_told_and_the_run_goes_on():
 
 
 def test_an_empty_response_loses_and_alone_it_is_recorded():
-    assert agent_of([Reply(content="", profile=EARLY), Reply(content="3", profile=LATE)], n=2).invoke(ASK)["messages"][
-        -1
-    ].content == "3"
+    assert (
+        agent_of([Reply(content="", profile=EARLY), Reply(content="3", profile=LATE)], n=2)
+        .invoke(ASK)["messages"][-1]
+        .content
+        == "3"
+    )
     found = record(agent_of([Reply(content="")] * 2, n=2).invoke(ASK)["messages"][-1])
     assert found["reason"] == "all_flawed"
     assert set(found["flaws"]["0"]) == {"empty"}
@@ -321,7 +326,10 @@ async def test_what_enters_the_state_is_builtins_without_logprobs():
     [
         ({}, "a SamplingNode must run before"),
         ({"ec_candidates": None}, "a SamplingNode must run before"),
-        ({"ec_candidates": {"format": FORMAT + 1, "packed": b""}}, "another version of ec_agents wrote this checkpoint"),
+        (
+            {"ec_candidates": {"format": FORMAT + 1, "packed": b""}},
+            "another version of ec_agents wrote this checkpoint",
+        ),
         ({"ec_candidates": {"format": FORMAT, "packed": b"no zlib"}}, "damaged"),
         ({"ec_candidates": {"format": FORMAT}}, "damaged"),
     ],
@@ -339,7 +347,7 @@ def checkpoint_sizes(agent: Any, saver: InMemorySaver) -> list[int]:
 
 
 def long_reply(rng: random.Random) -> Reply:
-    words = "".join(rng.choices("etaoin shrdlu ", k=4)) 
+    words = "".join(rng.choices("etaoin shrdlu ", k=4))
     text = " ".join("".join(rng.choices("etaoinshrdlucmfw", k=rng.randint(2, 7))) for _ in range(400))
     return Reply(content=text + words, profile="".join(rng.choices("!...", k=500)))
 
@@ -523,5 +531,3 @@ def test_a_cache_does_not_make_the_candidates_equal():
     model = ScriptedChatModel(replies=[Reply(content=str(i)) for i in range(4)], cache=InMemoryCache())
     create_centroid_agent(model, n=4).invoke(ASK)
     assert len(model.requests) == 4
-
-

@@ -13,7 +13,8 @@ from openai.types.chat import ChatCompletion
 
 from ec_agents.candidates import Candidate
 from ec_agents.errors import ConfigError, LogprobsMalformed, SamplingError
-from ec_agents.sampling import as_candidate, message_candidate, run_blocking, sample
+from ec_agents.messages import as_candidate, message_candidate
+from ec_agents.sampling import run_blocking, sample
 from ec_agents.testing import Reply, profile_logprobs
 
 
@@ -35,7 +36,7 @@ def others() -> set[asyncio.Task[Any]]:
 @pytest.mark.parametrize("n", [1, 8, 64])
 async def test_results_are_in_index_order_whatever_the_order_of_completion(n: int):
     done: list[int] = []
-    drawn = await sample(answer, n=n, on_result=lambda index, candidate, failure: done.append(index))
+    drawn = await sample(answer, n=n, on_result=lambda index, result: done.append(index))
     assert [c.index for c in drawn.candidates] == list(range(n))
     assert [c.content for c in drawn.candidates] == [f"answer {i}" for i in range(n)]
     assert sorted(done) == list(range(n))
@@ -201,7 +202,9 @@ RESPONSE = {"id": "r", "object": "chat.completion", "created": 1, "model": "m", 
         RESPONSE,
         ChatCompletion.model_validate(RESPONSE),
         Reply(content="hello").message(),
-        Candidate(index=0, content="hello", finish_reason="stop", signals=message_candidate(Reply().message(), 0).signals),
+        Candidate(
+            index=0, content="hello", finish_reason="stop", signals=message_candidate(Reply().message(), 0).signals
+        ),
     ],
 )
 def test_responses_of_every_kind_give_the_same_candidate(response: Any):

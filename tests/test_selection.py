@@ -189,7 +189,9 @@ def test_action_key_ignores_argument_order_case_and_spacing():
     first = Candidate(index=0, tool_calls=[{"name": "f", "args": {"a": 1, "b": "é"}, "id": "1"}])
     second = Candidate(index=1, tool_calls=[{"name": "f", "args": {"b": "é", "a": 1}, "id": "2"}])
     assert action_key(first) == action_key(second)
-    assert action_key(Candidate(index=0, content=" The  Answer\n")) == action_key(Candidate(index=1, content="the answer"))
+    assert action_key(Candidate(index=0, content=" The  Answer\n")) == action_key(
+        Candidate(index=1, content="the answer")
+    )
     assert action_key(Candidate(index=0, content="f")) != action_key(first)
 
 

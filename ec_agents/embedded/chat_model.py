@@ -83,7 +83,7 @@ class EmbeddedChatModel(BaseChatModel):
     max_tokens: int = 384
     """Most tokens of a response; with the prompt, at most 512."""
     seed: int | None = None
-    """The same seed and request give the same text, whatever else is in the batch; None draws afresh each time."""
+    """The same seed and request give the same text, whatever else is in the batch, up to rounding; None: drawn afresh."""
     n: int = 1
     """Responses to one request; with a seed, they differ from one another."""
     top_logprobs: int = 20
