@@ -35,6 +35,7 @@ _HOMES = {
     "sampling": ("sample",),
     "scoring": ("SCORERS", "CentroidScorer", "FirstScorer", "RandomScorer", "Scorer", "StandardizedCentroidScorer"),
     "selection": ("DEFAULT_GUARDS", "Selector", "action_key", "select"),
+    "waiting": ("Limiter", "SamplingPolicy"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -70,7 +70,7 @@ class PlayOracle:
 
 
 def picture(signals: TokenSignals | None, width: int = WIDTH) -> str:
-    """One line: the highest token entropy in each of ``width`` equal parts of a response; blank where nothing is known."""
+    """One line: the highest token entropy in each of ``width`` equal parts of a response; blank where none is known."""
     if signals is None or not signals.n_tokens:
         return ""
     parts = np.array_split(signals.entropies, min(width, signals.n_tokens))
@@ -126,7 +126,7 @@ async def show_task(model: BaseChatModel, task: Task, console: Console, *, n: in
 
 
 async def measure(model: BaseChatModel, *, count: int, n: int, seed: int, on_done: Callable[[], None]) -> list[Results]:
-    """How often each policy is right on ``count`` held-out tasks of each family; ``on_done`` is called after each task."""
+    """Which of ``count`` held-out tasks of each family each policy gets right; calls ``on_done`` after each task."""
     return [
         await _measure_play(model, make_tasks("play", count, seed=seed), n, on_done),
         await _measure_one_step(model, make_tasks("solve", count, seed=seed), n, on_done),
@@ -159,7 +159,8 @@ def verdict(result: Results) -> str:
         said = "the lowest centroid helps here" if better > worse else "the lowest centroid does harm here"
     else:
         said = "no sign on these tasks that the lowest centroid helps"
-    return f"{result.family}: {said} (right where the first is wrong: {better}, the reverse: {worse}; sign test p = {p:.2g})"
+    counts = f"right where the first is wrong: {better}, the reverse: {worse}; sign test p = {p:.2g}"
+    return f"{result.family}: {said} ({counts})"
 
 
 async def _measure_play(model: BaseChatModel, tasks: Sequence[Task], n: int, on_done: Callable[[], None]) -> Results:

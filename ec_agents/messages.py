@@ -92,8 +92,7 @@ def sampling_model(
     bound: dict[str, Any] = {}
     config: RunnableConfig = {}
     while isinstance(model, RunnableBinding):
-        binding = cast("RunnableBinding[LanguageModelInput, AIMessage]", model)
-        bound, config, model = {**binding.kwargs, **bound}, {**binding.config, **config}, binding.bound
+        bound, config, model = {**model.kwargs, **bound}, {**model.config, **config}, model.bound
     if not isinstance(model, BaseChatModel):
         raise ConfigError(f"model must be a LangChain BaseChatModel, or one with .bind(); found {type(model).__name__}")
     hidden = [*(model.tags or []), TAG_NOSTREAM]

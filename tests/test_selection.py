@@ -16,7 +16,7 @@ from ec_agents.scoring import SCORERS, CentroidScorer, FirstScorer, RandomScorer
 from ec_agents.selection import DEFAULT_GUARDS, SEVERITY, Selector, action_key, degenerate_loop, select
 
 
-def signals(entropies: Sequence[float]) -> TokenSignals:
+def signals(entropies: Any) -> TokenSignals:
     values = np.array(entropies, dtype=np.float32)
     return TokenSignals(entropies=values, logprobs=-values, confidences=values + 1, n_alternatives=20)
 
@@ -28,7 +28,8 @@ def peak(position: int, length: int = 20) -> TokenSignals:
 
 def candidate(index: int, position: int | None = 5, **fields: Any) -> Candidate:
     given_signals = None if position is None else peak(position)
-    return Candidate(**{"index": index, "content": f"answer {index}", "signals": given_signals, **fields})
+    given: dict[str, Any] = {"content": f"answer {index}", "signals": given_signals, **fields}
+    return Candidate(index=index, **given)
 
 
 class Fixed:

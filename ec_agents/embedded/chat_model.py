@@ -83,7 +83,7 @@ class EmbeddedChatModel(BaseChatModel):
     max_tokens: int = 384
     """Most tokens of a response; with the prompt, at most 512."""
     seed: int | None = None
-    """The same seed and request give the same text, whatever else is in the batch, up to rounding; None: drawn afresh."""
+    """The same seed and request give the same text, up to rounding whatever else is in the batch; None draws afresh."""
     n: int = 1
     """Responses to one request; with a seed, they differ from one another."""
     top_logprobs: int = 20
@@ -123,7 +123,7 @@ class EmbeddedChatModel(BaseChatModel):
         options = self._options(kwargs)
         params = LangSmithParams(
             ls_provider=PROVIDER,
-            ls_model_name=MODEL_NAME,
+            ls_model_name=kwargs.get("model", MODEL_NAME),
             ls_model_type="chat",
             ls_temperature=options["temperature"],
             ls_max_tokens=options["max_tokens"],
@@ -299,16 +299,16 @@ def _parse(tokens: Sequence[int]) -> tuple[str, str, list[ToolCall], list[Invali
 
 def _logprobs(completion: Completion) -> list[dict[str, Any]]:
     """OpenAI's form of the log-probabilities."""
-    entries: list[dict[str, Any]] = []
-    logprobs, top_ids, top_logprobs = (
-        array.tolist() for array in (completion.logprobs, completion.top_ids, completion.top_logprobs)
-    )
-    for token, logprob, ids, values in zip(completion.tokens, logprobs, top_ids, top_logprobs, strict=True):
-        alternatives = [_entry(i, value) for i, value in zip(ids, values, strict=True)]
-        entries.append(_entry(token, logprob) | {"top_logprobs": alternatives})
-    return entries
+    top = zip(completion.top_ids.tolist(), completion.top_logprobs.tolist(), strict=True)
+    entries = _entries(completion.tokens, completion.logprobs.tolist())
+    return [
+        entry | {"top_logprobs": _entries(ids, logprobs)} for entry, (ids, logprobs) in zip(entries, top, strict=True)
+    ]
 
 
-def _entry(token: int, logprob: float) -> dict[str, Any]:
-    text, utf8 = _TOKENS[token]
-    return {"token": text, "bytes": utf8, "logprob": logprob}
+def _entries(tokens: Sequence[int], logprobs: Sequence[float]) -> list[dict[str, Any]]:
+    # One comprehension, for this makes 20 dictionaries a token.
+    return [
+        {"token": text, "bytes": utf8, "logprob": logprob}
+        for (text, utf8), logprob in zip(map(_TOKENS.__getitem__, tokens), logprobs, strict=True)
+    ]

@@ -153,21 +153,22 @@ class Transformer:
         keys = np.empty((self.shape.layers, self.shape.heads, len(tokens), size), np.float32)
         values = np.empty_like(keys)
         chunk = SMALL // (size * len(tokens))
-        for start in range(0, len(tokens), chunk):
-            hidden = self._read(tokens, start, min(start + chunk, len(tokens)), keys, values)
+        parts = [slice(start, start + chunk) for start in range(0, len(tokens), chunk)]
+        hidden = [self._read(tokens, part, keys, values) for part in parts][-1]
         return Prefill(_product(hidden[-1:], self._unembed)[0], keys, values)
 
-    def _read(self, tokens: Ints, start: int, stop: int, keys: Floats, values: Floats) -> Floats:
+    def _read(self, tokens: Ints, part: slice, keys: Floats, values: Floats) -> Floats:
         """Hidden states of a part of a prompt; its keys and values are put beside those of what came before."""
-        positions = np.arange(start, stop)
-        future = np.where(np.arange(stop) > positions[:, None], np.float32(-np.inf), np.float32(0))
+        positions = np.arange(len(tokens))[part]
+        seen = int(positions[-1]) + 1
+        future = np.where(np.arange(seen) > positions[:, None], np.float32(-np.inf), np.float32(0))
 
         def attend(layer: int, q: Floats, k: Floats, v: Floats) -> Floats:
-            keys[layer, :, start:stop], values[layer, :, start:stop] = k.swapaxes(0, 1), v.swapaxes(0, 1)
-            mixed = _mix(q.swapaxes(0, 1), keys[layer, :, :stop], values[layer, :, :stop], future)
-            return mixed.swapaxes(0, 1).reshape(stop - start, -1)
+            keys[layer, :, part], values[layer, :, part] = k.swapaxes(0, 1), v.swapaxes(0, 1)
+            mixed = _mix(q.swapaxes(0, 1), keys[layer, :, :seen], values[layer, :, :seen], future)
+            return mixed.swapaxes(0, 1).reshape(len(positions), -1)
 
-        return self._blocks(tokens[start:stop], positions, attend)
+        return self._blocks(tokens[part], positions, attend)
 
     def step(self, tokens: ArrayLike, cache: Cache) -> Floats:
         """Append one token to each row of the cache.
