@@ -1,11 +1,11 @@
-"""The nouns: token signals, candidates, the set drawn at one step, and the selection among them.
+"""The nouns: token signals, candidates, the set drawn at one step, the selection among them, steps, trajectories.
 
 Everything here is plain frozen data that knows no framework. ``to_builtins`` and ``from_builtins`` turn it into what a
 checkpoint may hold (dict, list, str, int, float, bytes) and back.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -18,6 +18,9 @@ Reason = Literal["ranked", "tie_break", "only_one", "only_sound", "fallback", "a
 
 FORMAT = 1
 """Version of the builtins form of candidates."""
+
+NOISE_LEVEL = 0.05
+"""A margin is above the noise floor if candidates without any signal show it in a smaller share of steps than this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,8 +57,12 @@ class TokenSignals:
         return int(np.isnan(self.entropies).sum())
 
     def to_bytes(self) -> bytes:
-        """The three arrays as packed little-endian float32, one after the other."""
-        return np.stack((self.entropies, self.logprobs, self.confidences)).astype("<f4").tobytes()
+        """The three arrays, one after the other, as little-endian float32.
+
+        All first bytes come first, then all second bytes and so on: bytes of one kind compress better side by side.
+        """
+        arrays = np.stack((self.entropies, self.logprobs, self.confidences)).astype("<f4")
+        return arrays.view(np.uint8).reshape(-1, 4).T.tobytes()
 
     @classmethod
     def from_bytes(cls, packed: bytes, n_alternatives: int) -> Self:
@@ -66,7 +73,9 @@ class TokenSignals:
         """
         if len(packed) % 12:
             raise StateError(f"packed signals must be three float32 arrays; found {len(packed)} bytes")
-        entropies, logprobs, confidences = np.frombuffer(packed, "<f4").astype(np.float32).reshape(3, -1)
+        planes = np.frombuffer(packed, np.uint8).reshape(4, -1)
+        arrays = np.ascontiguousarray(planes.T).view("<f4").astype(np.float32)
+        entropies, logprobs, confidences = arrays.reshape(3, -1)
         return cls(entropies=entropies, logprobs=logprobs, confidences=confidences, n_alternatives=n_alternatives)
 
 
@@ -115,11 +124,11 @@ class Candidate:
                 f"candidates in format {data.get('format')!r} found in the state, {FORMAT} needed: another version of "
                 "ec_agents wrote this checkpoint; finish the run with that version or start the step again"
             )
-        fields = {name: value for name, value in data.items() if name not in ("format", "n_alternatives")}
+        given = {name: value for name, value in data.items() if name not in ("format", "n_alternatives")}
         try:
-            if fields["signals"] is not None:
-                fields["signals"] = TokenSignals.from_bytes(fields["signals"], data["n_alternatives"])
-            return cls(**fields)
+            if given["signals"] is not None:
+                given["signals"] = TokenSignals.from_bytes(given["signals"], data["n_alternatives"])
+            return cls(**given)
         except (KeyError, TypeError) as error:
             raise StateError(f"a candidate in the state is incomplete: {error}") from error
 
@@ -147,7 +156,10 @@ class Selection:
     scores: Mapping[int, float | None]
     """Score of each candidate; None = could not be scored."""
     margin: float | None
-    """Distance between the best two scores that were ranked together; None if there are no two."""
+    """Distance between the best two scores that were ranked together; None if there are no two.
+
+    Of a vote: the lead over the strongest other action.
+    """
     reason: Reason
     """Why this one.
 
@@ -162,6 +174,17 @@ class Selection:
     """Tokens of each candidate that has signals."""
     n_phases: Mapping[int, int] = field(default_factory=dict[int, int])
     """High-entropy phases of each candidate that the scorer found some in."""
+    margin_sd: float | None = None
+    """``margin`` in standard deviations of a score without any signal; None where the scorer does not know them."""
+    p_noise: float | None = None
+    """How often candidates without any signal, as many and as long as these, have such a margin or a larger one."""
+    n_agree: int = 1
+    """How many candidates, the chosen one included, would do the same as the chosen one."""
+
+    @property
+    def above_noise(self) -> bool | None:
+        """Whether signal-free candidates have such a margin in fewer than 5 % of steps; None where it is not known."""
+        return None if self.p_noise is None else self.p_noise < NOISE_LEVEL
 
     def to_builtins(self) -> dict[str, Any]:
         """The selection as builtins only; candidate indexes become strings, as in JSON."""
@@ -175,4 +198,66 @@ class Selection:
             "flaws": {str(i): dict(flaws) for i, flaws in self.flaws.items()},
             "n_tokens": {str(i): n for i, n in self.n_tokens.items()},
             "n_phases": {str(i): n for i, n in self.n_phases.items()},
+            "margin_sd": self.margin_sd,
+            "p_noise": self.p_noise,
+            "above_noise": self.above_noise,
+            "n_agree": self.n_agree,
         }
+
+    @classmethod
+    def from_builtins(cls, data: Mapping[str, Any]) -> Self:
+        """Undo ``to_builtins``; what this version does not know is left out.
+
+        Raises:
+            StateError: A field is missing or of a wrong type.
+        """
+        known = {f.name for f in fields(cls)}
+        try:
+            given = {name: value for name, value in data.items() if name in known}
+            for name in ("scores", "flaws", "n_tokens", "n_phases"):
+                given[name] = {int(i): value for i, value in given[name].items()}
+            return cls(**given)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StateError(f"a saved selection is incomplete: {error}") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One turn of a run: the candidates drawn, and which of them acted."""
+
+    run: str
+    """Name of the run that the step belongs to."""
+    number: int = 0
+    """Position in the run, from 0."""
+    task: str | None = None
+    """Name of the task that the run is about; runs of one task are compared with each other."""
+    candidates: Sequence[Candidate] = ()
+    """In index order."""
+    selection: Selection | None = None
+    """The choice that was made, if any."""
+    failures: Mapping[int, str] = field(default_factory=dict[int, str])
+    """What each failed call raised, keyed by candidate index."""
+    time: float | None = None
+    """When the step was recorded, seconds since 1970."""
+    seconds: float | None = None
+    """How long the step took, from the first call to the choice."""
+    info: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Anything else that JSON can hold."""
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """The candidate that acted, if that is known."""
+        index = None if self.selection is None else self.selection.chosen
+        return next((candidate for candidate in self.candidates if candidate.index == index), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """The steps of one run."""
+
+    run: str
+    """Name of the run."""
+    task: str | None = None
+    """Name of the task that the run is about."""
+    steps: Sequence[Step] = ()
+    """In the order in which they were taken."""

@@ -91,7 +91,7 @@ def wilson(right: int, total: int, level: float = 0.95) -> tuple[float, float]:
     share, spread = right / total, z * z / total
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / total + spread / total / 4) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def sign_test(better: int, worse: int) -> float:
@@ -109,17 +109,20 @@ async def show_task(model: BaseChatModel, task: Task, console: Console, *, n: in
     messages: list[AnyMessage] = [HumanMessage(task.prompt)]
     step = 0
     candidates: Sequence[Candidate] = []
-    async for update in agent.astream({"messages": messages}, stream_mode="updates"):
-        node, change = next(iter(cast("dict[str, dict[str, Any]]", update).items()))
-        if node == "sample":
-            step += 1
-            candidates = unpack_candidates(change["ec_candidates"]).candidates
-        elif node == "score":
-            console.print(_step_table(step, candidates, change["ec_decision"]))
-        for message in change.get("messages", []):
-            messages.append(message)
-            if isinstance(message, ToolMessage):
-                console.print(Text(f"  tool: {message.text}"))
+    try:
+        async for update in agent.astream({"messages": messages}, stream_mode="updates"):
+            node, change = next(iter(cast("dict[str, dict[str, Any]]", update).items()))
+            if node == "sample":
+                step += 1
+                candidates = unpack_candidates(change["ec_candidates"]).candidates
+            elif node == "score":
+                console.print(_step_table(step, candidates, change["ec_decision"]))
+            for message in change.get("messages", []):
+                messages.append(message)
+                if isinstance(message, ToolMessage):
+                    console.print(Text(f"  tool: {message.text}"))
+    except GraphRecursionError:
+        console.print(Text(f"  given up after {step} steps"))
     final = messages[-1].text
     right = task.check(final, _expressions(messages))
     console.print(Text(f"  final answer: {final}  ", end=""), Text("right", "green") if right else Text("wrong", "red"))

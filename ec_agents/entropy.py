@@ -292,8 +292,17 @@ def _thresholds(present: Floats, config: PhaseConfig) -> tuple[float, float]:
     """``entropy_thresholds`` of entropies none of which is missing."""
     if not len(present):
         return math.inf, -math.inf
-    high, low = np.percentile(present, (100.0 - config.top_percent, config.bottom_percent))
-    return float(high), float(low)
+    ordered = np.sort(present)
+    return _percentile(ordered, 100.0 - config.top_percent), _percentile(ordered, config.bottom_percent)
+
+
+def _percentile(ordered: Floats, percent: float) -> float:
+    """``numpy.percentile`` of a sorted array, bit for bit, without its overhead, which is that of the whole rest."""
+    position = (len(ordered) - 1) * (percent / 100)
+    below = int(position)
+    part = position - below
+    a, b = float(ordered[below]), float(ordered[min(below + 1, len(ordered) - 1)])
+    return a + (b - a) * part if part < 0.5 else b - (b - a) * (1 - part)
 
 
 def _all_true(flags: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:

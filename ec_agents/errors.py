@@ -7,14 +7,17 @@ EcAgentsError
 │   ├── UnsupportedLogprobs           this model or mode cannot return them; the message names the remedy
 │   ├── LogprobsMissing               the response carries none
 │   └── LogprobsMalformed             the payload is not what the provider documents
+├── ActionError                       an answer, or a server, does not follow the JSON form of actions
 ├── SamplingError                     fewer than min_candidates succeeded; .failures holds each
 ├── FailedCall                        a failed call of a step, as read back from a checkpoint
 ├── SelectionError                    nothing could be scored and the policy is to raise
-└── StateError                        a checkpoint holds candidates that this version cannot read
+├── StateError                        a checkpoint holds candidates that this version cannot read
+└── TraceError                        a trace cannot be read or written; .path, .line
 ```
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 
 class EcAgentsError(Exception):
@@ -41,6 +44,10 @@ class LogprobsMalformed(LogprobsError):
     """The log-probabilities are not in the documented form."""
 
 
+class ActionError(EcAgentsError):
+    """An answer, or a server, does not follow the JSON form of actions."""
+
+
 class SamplingError(EcAgentsError):
     """Fewer than ``min_candidates`` calls succeeded."""
 
@@ -62,3 +69,17 @@ class SelectionError(EcAgentsError):
 
 class StateError(EcAgentsError):
     """A checkpoint holds candidates that this version cannot read."""
+
+
+class TraceError(EcAgentsError):
+    """A trace, or a file of responses, cannot be read or written."""
+
+    path: Path
+    """The file."""
+    line: int | None
+    """Number of the record from 1; in files of lines, the line. None: the file as a whole."""
+
+    def __init__(self, message: str, path: str | Path, line: int | None = None) -> None:
+        super().__init__(message)
+        self.path = Path(path)
+        self.line = line

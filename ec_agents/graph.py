@@ -4,10 +4,12 @@
 a crash there does not pay for the N calls again; only the chosen message enters ``messages``.
 """
 
+import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal, TypedDict, cast
+from functools import partial
+from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
 from langchain_core.language_models import LanguageModelInput
@@ -20,9 +22,9 @@ from langchain_core.messages import (
     messages_from_dict,
 )
 from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import ensure_config
 from langchain_core.tools import BaseTool
 from langgraph.checkpoint.base import BaseCheckpointSaver
-from langgraph.config import get_stream_writer
 from langgraph.constants import END, START
 from langgraph.graph import StateGraph
 from langgraph.graph.message import add_messages
@@ -30,19 +32,22 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.prebuilt import ToolNode
 from langgraph.store.base import BaseStore
 
+from ec_agents.actions import ActionFormat
 from ec_agents.candidates import FORMAT, Candidate, CandidateSet
-from ec_agents.errors import ConfigError, FailedCall, StateError
+from ec_agents.drawing import StepModel
+from ec_agents.errors import FailedCall, StateError
 from ec_agents.messages import (
-    decision_record,
     describe_failure,
     invalid_action,
     message_candidate,
-    outline,
-    sampling_model,
     without_logprobs,
 )
+from ec_agents.recording import record_step
 from ec_agents.sampling import check_sampling, run_blocking, sample
 from ec_agents.selection import Selector
+from ec_agents.step import Write, announce, chosen_message, decide, draw, stream_writer
+from ec_agents.trace import TraceWriter
+from ec_agents.waiting import SamplingPolicy
 
 Tool = BaseTool | Callable[..., Any] | dict[str, Any]
 State = Mapping[str, Any]
@@ -59,7 +64,7 @@ class CentroidState(TypedDict, total=False):
     """After ``score``: the selection, and what each candidate would have done."""
 
 
-class SamplingNode(Runnable[State, dict[str, Any]]):
+class SamplingNode(Runnable[Any, dict[str, Any]]):
     """The node that draws N candidates from the model.
 
     Args:
@@ -68,12 +73,18 @@ class SamplingNode(Runnable[State, dict[str, Any]]):
         tools: Tools to bind. Calls of other tools, or with arguments that do not fit, become flaws.
         top_logprobs: Alternatives to ask for at each token; None asks for nothing and leaves the model as it is.
         system_prompt: Put before the messages, not stored in them.
-        min_candidates: Fewer successful calls than this are an error.
-        timeout: Seconds that one call may take; None waits for ever.
-        max_concurrency: At most so many calls at once; None starts all.
+        action_format: ``native`` tool calls; ``json``: actions as JSON in the content, where their tokens are measured;
+            ``auto``: ``json`` where tool calls carry no log-probabilities.
+        policy: What a step needs and how long it waits.
+        min_candidates: Instead of the policy's: fewer successful calls than this are an error.
+        timeout: Instead of the policy's: seconds that one call may take.
+        max_concurrency: Instead of the policy's: at most so many calls at once.
 
     Raises:
-        ConfigError: An argument is out of range, or the model is no chat model.
+        ConfigError: An argument is out of range, the model is no chat model, or its temperature is 0 with several
+            candidates.
+        UnsupportedLogprobs: The provider cannot return what is to be measured; also at run time.
+        LogprobsMissing: At run time: the first responses of a server show that it does not return it.
         SamplingError: At run time: fewer than ``min_candidates`` calls succeeded.
     """
 
@@ -85,45 +96,40 @@ class SamplingNode(Runnable[State, dict[str, Any]]):
         tools: Sequence[Tool] = (),
         top_logprobs: int | None = 20,
         system_prompt: str | SystemMessage | None = None,
-        min_candidates: int = 1,
+        action_format: ActionFormat = "auto",
+        policy: SamplingPolicy | None = None,
+        min_candidates: int | None = None,
         timeout: float | None = None,
         max_concurrency: int | None = None,
     ) -> None:
-        check_sampling(n, min_candidates, timeout, max_concurrency)
+        policy = check_sampling(n, min_candidates, timeout, max_concurrency, policy)
         self.name = "sample"
         self.n = n
-        self._limits = {"min_candidates": min_candidates, "timeout": timeout, "max_concurrency": max_concurrency}
-        self._model = sampling_model(model, tools, top_logprobs)
+        self._sample = partial(sample, policy=policy)
+        self._model = StepModel(model, tools, n=n, top_logprobs=top_logprobs, action_format=action_format)
         self._tools = _tools_by_name(tools)
         self._prompt = [SystemMessage(system_prompt)] if isinstance(system_prompt, str) else [system_prompt]
 
     def invoke(self, input: State, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:  # noqa: A002, ARG002
         """Draw the candidates from synchronous code."""
-        write = _writer()
+        write = stream_writer()
         return run_blocking(lambda: self._draw(input, config, write))
 
     async def ainvoke(self, input: State, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:  # noqa: A002, ARG002
         """Draw the candidates."""
-        return await self._draw(input, config, _writer())
+        return await self._draw(input, config, stream_writer())
 
-    async def _draw(
-        self, state: State, config: RunnableConfig | None, write: Callable[[dict[str, Any]], None]
-    ) -> dict[str, Any]:
+    async def _draw(self, state: State, config: RunnableConfig | None, write: Write) -> dict[str, Any]:
+        started = time.perf_counter()
         prompt = [message for message in self._prompt if message is not None]
         messages: list[BaseMessage] = [*prompt, *state["messages"]]
 
-        def on_result(index: int, result: Candidate | BaseException) -> None:
-            shown = outline(result) if isinstance(result, Candidate) else {"failure": describe_failure(result)}
-            write({"ec_agents": "candidate", "index": index, **shown})
+        async def run(call: Callable[[int], Awaitable[AIMessage]]) -> CandidateSet:
+            model = self._model.prepared
+            return await draw(self._sample, call, n=self.n, model=model, write=write, parse=self._parse)
 
-        drawn = await sample(
-            lambda _: self._model.ainvoke(messages, config),
-            n=self.n,
-            parse=self._parse,
-            on_result=on_result,
-            **self._limits,
-        )
-        return {"ec_candidates": pack_candidates(drawn)}
+        drawn = await self._model.draw(messages, config, run)
+        return {"ec_candidates": {**pack_candidates(drawn), "seconds": time.perf_counter() - started}}
 
     def _parse(self, response: AIMessage, index: int) -> Candidate:
         candidate = message_candidate(response, index)
@@ -133,40 +139,44 @@ class SamplingNode(Runnable[State, dict[str, Any]]):
         return replace(candidate, flaws={**candidate.flaws, "invalid_action": problem})
 
 
-class CentroidScorerNode(Runnable[State, dict[str, Any]]):
+class CentroidScorerNode(Runnable[Any, dict[str, Any]]):
     """The node that ranks the candidates and lets the chosen message, and only that one, into ``messages``.
 
     The message's ``response_metadata["ec_agents"]`` says scores, chosen, margin, reason, and the usage of all N.
 
     Args:
         selector: How to choose; by default the lowest entropy centroid.
+        trace: Records every step. ``metadata`` of the configuration may name the run (``ec_run``) and its task
+            (``ec_task``).
 
     Raises:
         SelectionError: At run time: nothing could be scored, and the selector's fallback is ``"raise"``.
         StateError: At run time: the state holds no candidates, or another version's.
     """
 
-    def __init__(self, selector: Selector | None = None) -> None:
+    def __init__(self, selector: Selector | None = None, *, trace: TraceWriter | None = None) -> None:
         self.name = "score"
         self.selector = selector or Selector()
+        self.trace = trace
 
     def invoke(self, input: State, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:  # noqa: A002, ARG002
         """Choose among the candidates in the state."""
         drawn = unpack_candidates(input.get("ec_candidates"))
-        selection = self.selector(drawn.candidates)
-        record = decision_record(drawn, selection)
-        decision = {**record, "candidates": {str(c.index): outline(c) for c in drawn.candidates}}
-        _writer()({"ec_agents": "choice", **decision})
-        winner: AIMessage = drawn.messages[selection.chosen]
-        metadata = {**winner.response_metadata, "ec_agents": record}
-        message = winner.model_copy(update={"response_metadata": metadata})
+        selection, record, decision = decide(self.selector, drawn, stream_writer())
+        if self.trace is not None:
+            seconds = input["ec_candidates"].get("seconds")
+            previous = input.get("ec_decision")
+            decision |= record_step(self.trace, drawn, selection, config=config, previous=previous, seconds=seconds)
+        message = chosen_message(drawn.messages[selection.chosen], record)
+        callbacks = ensure_config(config).get("callbacks")
+        run_blocking(lambda: announce(message, input.get("messages", []), callbacks))
         return {"messages": [message], "ec_candidates": None, "ec_decision": decision}
 
 
 def route_selected(state: State) -> Literal["tools", "__end__"]:
     """The edge after the choice: to ``tools`` if the chosen message calls any, otherwise to the end."""
     last = state["messages"][-1] if state["messages"] else None
-    return "tools" if isinstance(last, AIMessage) and last.tool_calls else END
+    return "tools" if isinstance(last, AIMessage) and last.tool_calls else "__end__"
 
 
 def create_centroid_agent(
@@ -177,9 +187,12 @@ def create_centroid_agent(
     selector: Selector | None = None,
     top_logprobs: int | None = 20,
     system_prompt: str | SystemMessage | None = None,
-    min_candidates: int = 1,
+    action_format: ActionFormat = "auto",
+    policy: SamplingPolicy | None = None,
+    min_candidates: int | None = None,
     timeout: float | None = None,
     max_concurrency: int | None = None,
+    trace: TraceWriter | None = None,
     state_schema: type[Any] = CentroidState,
     context_schema: type[Any] | None = None,
     checkpointer: BaseCheckpointSaver[Any] | bool | None = None,
@@ -199,9 +212,13 @@ def create_centroid_agent(
         selector: How to choose; by default the lowest entropy centroid.
         top_logprobs: Alternatives to ask for at each token; None asks for nothing and leaves the model as it is.
         system_prompt: Put before the messages at every step, not stored in them.
-        min_candidates: Fewer successful calls than this in a step are an error.
-        timeout: Seconds that one call may take; None waits for ever.
-        max_concurrency: At most so many calls at once; None starts all.
+        action_format: ``native`` tool calls; ``json``: actions as JSON in the content, where their tokens are measured;
+            ``auto``: ``json`` where the provider's tool calls carry no log-probabilities.
+        policy: What a step needs and how long it waits: deadline, first k, second requests, retries, shared limits.
+        min_candidates: Instead of the policy's: fewer successful calls than this in a step are an error.
+        timeout: Instead of the policy's: seconds that one call may take.
+        max_concurrency: Instead of the policy's: at most so many calls of a step at once.
+        trace: Records every step; see ``CentroidScorerNode``.
         state_schema: ``CentroidState`` or an extension of it.
         context_schema: Type of the run-time context that tools may read.
         checkpointer: Keeps the state of each thread; needed for interrupts and for going on after a crash.
@@ -216,6 +233,7 @@ def create_centroid_agent(
 
     Raises:
         ConfigError: An argument is out of range, or the model is no chat model.
+        UnsupportedLogprobs: The provider cannot return what is to be measured.
 
     Example:
         >>> from ec_agents import create_centroid_agent
@@ -233,12 +251,14 @@ def create_centroid_agent(
         tools=bound,
         top_logprobs=top_logprobs,
         system_prompt=system_prompt,
+        action_format=action_format,
+        policy=policy,
         min_candidates=min_candidates,
         timeout=timeout,
         max_concurrency=max_concurrency,
     )
     graph = StateGraph[Any, Any, Any, Any](state_schema, context_schema)
-    graph.add_node("sample", sampling).add_node("score", CentroidScorerNode(selector))
+    graph.add_node("sample", sampling).add_node("score", CentroidScorerNode(selector, trace=trace))
     graph.add_edge(START, "sample").add_edge("sample", "score")
     if node is None:
         graph.add_edge("score", END)
@@ -302,11 +322,3 @@ def _tool_node(tools: Sequence[Tool]) -> ToolNode | None:
 def _tools_by_name(tools: Sequence[Tool]) -> Mapping[str, BaseTool]:
     node = _tool_node(tools)
     return {} if node is None else node.tools_by_name
-
-
-def _writer() -> Callable[[dict[str, Any]], None]:
-    """The stream of ``custom`` events; outside a running graph, nowhere."""
-    try:
-        return get_stream_writer()
-    except RuntimeError:
-        return lambda _: None

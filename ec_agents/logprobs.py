@@ -1,10 +1,11 @@
 """Stage 2 - parse: provider payload → TokenSignals.
 
-The only module that knows what log-probabilities look like on the wire. Three forms are read:
+The only module that knows what log-probabilities look like on the wire. Four forms are read:
 
 - one choice of a chat response, ``{"message": …, "logprobs": {"content": [{"logprob", "top_logprobs"}, …]}}``;
 - its ``logprobs`` alone, as LangChain keeps it in ``response_metadata["logprobs"]``;
-- either of them with the legacy completions form, ``{"token_logprobs": […], "top_logprobs": [{token: logprob}, …]}``.
+- either of them with the legacy completions form, ``{"token_logprobs": […], "top_logprobs": [{token: logprob}, …]}``;
+- the packed form of ``pack_logprobs``, which messages of the fast path carry: 12 bytes a token, or what was wrong.
 
 Example:
     >>> alternatives = [{"token": "a", "logprob": -0.7}, {"token": "b", "logprob": -0.7}]
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from ec_agents.candidates import Candidate, TokenSignals
 from ec_agents.entropy import MASKED, keep_largest, token_entropies
-from ec_agents.errors import LogprobsError, LogprobsMalformed, LogprobsMissing
+from ec_agents.errors import LogprobsError, LogprobsMalformed, LogprobsMissing, StateError
 
 Json = Mapping[str, Any]
 Floats = NDArray[np.float64]
@@ -31,7 +32,8 @@ Floats = NDArray[np.float64]
 HIGHEST_LOGPROB = 0.1
 """Rounding puts a log-probability slightly above 0, but never this far."""
 
-_LOGPROBS_KEYS = frozenset(("content", "refusal", "token_logprobs"))
+_CHOICE_KEYS = frozenset(("logprobs", "message", "text"))
+_LOGPROBS_KEYS = frozenset(("content", "refusal", "token_logprobs", "packed", "missing", "malformed"))
 _ASK = "ask for logprobs=True and top_logprobs=20"
 _TOOL_CALLS = (
     "OpenAI, Azure and some local servers return none for tool calls: serve the model with vLLM, SGLang or "
@@ -39,7 +41,7 @@ _TOOL_CALLS = (
 )
 
 
-class _Read(NamedTuple):
+class Read(NamedTuple):
     """The numbers of a payload, nothing checked yet."""
 
     drawn: Sequence[Any]
@@ -63,7 +65,7 @@ def token_signals(choice: Json | None, *, top_k: int | None = None) -> TokenSign
 
     Args:
         choice: One choice of a saved response, or its ``logprobs``.
-        top_k: How many of the alternatives to use; None = all.
+        top_k: How many of the alternatives to use; None = all. The packed form has kept none to choose from.
 
     Raises:
         LogprobsMissing: There are no log-probabilities, or none of alternatives.
@@ -72,6 +74,8 @@ def token_signals(choice: Json | None, *, top_k: int | None = None) -> TokenSign
     """
     payload = _payload(choice)
     content = payload.get("content") or payload.get("refusal")
+    if not content and (packed := _unpacked(payload)):
+        return packed
     if not content and payload.get("token_logprobs"):
         read = _read_legacy(payload)
     elif not content:
@@ -80,11 +84,25 @@ def token_signals(choice: Json | None, *, top_k: int | None = None) -> TokenSign
         raise LogprobsMalformed(f"logprobs.content must be a list of tokens; found {_outline(content)}")
     else:
         read = _read_content(content)
+    return measured(read, lambda: content if _is_list(content) else (), top_k)
+
+
+def measured(read: Read, entries: Callable[[], Sequence[Any]], top_k: int | None = None) -> TokenSignals:
+    """The signals of the numbers of a payload.
+
+    Args:
+        read: The numbers.
+        entries: Gives the tokens as they came; asked only where a token may be listed twice. Empty: none can be.
+        top_k: How many of the alternatives to use; None = all.
+
+    Raises:
+        LogprobsMissing: No token comes with alternatives.
+        LogprobsMalformed: One of them is no log-probability; the message names the position.
+    """
     if not any(read.sizes):
         raise LogprobsMissing(f"none of the {len(read.sizes)} tokens comes with alternatives: {_ASK}")
     drawn, alternatives, sizes = _arrays(read)
-    if _is_list(content):
-        _drop_repeats(content, drawn, alternatives, sizes)
+    _drop_repeats(entries, drawn, alternatives, sizes)
     kept = keep_largest(alternatives, top_k)
     return TokenSignals(
         entropies=token_entropies(kept).astype(np.float32),
@@ -92,6 +110,26 @@ def token_signals(choice: Json | None, *, top_k: int | None = None) -> TokenSign
         confidences=_confidences(kept).astype(np.float32),
         n_alternatives=min(int(sizes.max()), kept.shape[1]),
     )
+
+
+def pack_logprobs(measure: Callable[[], TokenSignals]) -> dict[str, Any]:
+    """The packed form of the log-probabilities of a choice, builtins only; ``token_signals`` reads it.
+
+    Args:
+        measure: Gives the signals. Where it raises a ``LogprobsError``, the form says why.
+
+    Example:
+        >>> token_signals(pack_logprobs(lambda: token_signals(None)))
+        Traceback (most recent call last):
+        ec_agents.errors.LogprobsMissing: logprobs is null or absent: ask for logprobs=True and top_logprobs=20, ...
+    """
+    try:
+        signals = measure()
+    except LogprobsMissing as error:
+        return {"missing": str(error)}
+    except LogprobsMalformed as error:
+        return {"malformed": str(error)}
+    return {"packed": signals.to_bytes(), "n_alternatives": signals.n_alternatives}
 
 
 def choice_candidate(choice: Json, index: int) -> Candidate:
@@ -145,13 +183,26 @@ def response_candidates(response: Json) -> list[Candidate]:
 def _payload(choice: Any) -> Json:
     """The ``logprobs`` of a choice, or the argument itself where it is that already."""
     payload: Any = choice
-    if _is_mapping(choice) and ("logprobs" in choice or not _LOGPROBS_KEYS & choice.keys()):
+    if _is_mapping(choice) and (_CHOICE_KEYS & choice.keys() or not _LOGPROBS_KEYS & choice.keys()):
         payload = choice.get("logprobs")
     if payload is None:
         raise LogprobsMissing(_nothing_found(choice, "logprobs is null or absent"))
     if not _is_mapping(payload):
         raise LogprobsMalformed(f"logprobs must be a JSON object; found {_outline(payload)}")
     return payload
+
+
+def _unpacked(payload: Json) -> TokenSignals | None:
+    """The signals in the packed form; None if it is another form."""
+    if "missing" in payload:
+        raise LogprobsMissing(payload["missing"])
+    if "malformed" in payload:
+        raise LogprobsMalformed(payload["malformed"])
+    packed = payload.get("packed")
+    try:
+        return None if packed is None else TokenSignals.from_bytes(packed, payload["n_alternatives"])
+    except (StateError, KeyError, TypeError) as error:
+        raise LogprobsMalformed(f"packed log-probabilities are damaged: {error}") from error
 
 
 def _nothing_found(choice: Any, found: str) -> str:
@@ -162,7 +213,7 @@ def _nothing_found(choice: Any, found: str) -> str:
     return f"{found}: {_ASK}, and check that this model and server return them"
 
 
-def _read_content(content: Sequence[Any]) -> _Read:
+def _read_content(content: Sequence[Any]) -> Read:
     """The numbers of the chat form."""
     try:
         return _gather(content, [entry["top_logprobs"] for entry in content])
@@ -171,8 +222,8 @@ def _read_content(content: Sequence[Any]) -> _Read:
         return _gather(content, [_checked_rows(entry, position) for position, entry in enumerate(content)])
 
 
-def _gather(content: Sequence[Any], rows: Sequence[Any]) -> _Read:
-    return _Read(
+def _gather(content: Sequence[Any], rows: Sequence[Any]) -> Read:
+    return Read(
         drawn=[entry["logprob"] for entry in content],
         sizes=[len(row) for row in rows],
         alternatives=[alternative["logprob"] for row in rows for alternative in row],
@@ -196,7 +247,7 @@ def _checked_rows(entry: Any, position: int) -> Sequence[Any]:
     return row
 
 
-def _read_legacy(payload: Json) -> _Read:
+def _read_legacy(payload: Json) -> Read:
     """The numbers of the completions form; ``top_logprobs`` may be null, as a whole or token by token."""
     drawn: Any = payload["token_logprobs"]
     if not _is_list(drawn):
@@ -210,10 +261,10 @@ def _read_legacy(payload: Json) -> _Read:
         if row is not None and not _is_mapping(row):
             raise LogprobsMalformed(f"logprobs.top_logprobs[{position}] must be an object; found {_outline(row)}")
     values = [list(row.values()) if row else [] for row in rows]
-    return _Read(drawn, [len(row) for row in values], [value for row in values for value in row])
+    return Read(drawn, [len(row) for row in values], [value for row in values for value in row])
 
 
-def _arrays(read: _Read) -> tuple[Floats, Floats, NDArray[np.int64]]:
+def _arrays(read: Read) -> tuple[Floats, Floats, NDArray[np.int64]]:
     """``(T,)`` drawn with NaN for masked, ``(T, K)`` alternatives with -inf for masked and padding, ``(T,)`` sizes."""
     sizes = np.array(read.sizes)
     ends = np.cumsum(sizes)
@@ -223,16 +274,21 @@ def _arrays(read: _Read) -> tuple[Floats, Floats, NDArray[np.int64]]:
 
     drawn = _floats(read.drawn, lambda number: f"the logprob of token {number}")
     flat = _floats(read.alternatives, lambda number: f"an alternative of token {owner(number)}")
-    alternatives = np.full((len(sizes), sizes.max()), -np.inf)
-    alternatives[np.arange(sizes.max()) < sizes[:, None]] = np.where(flat > MASKED, flat, -np.inf)
+    present = np.where(flat > MASKED, flat, -np.inf)
+    width = int(sizes.max())
+    if sizes.min() == width:
+        alternatives = present.reshape(-1, width)
+    else:
+        alternatives = np.full((len(sizes), width), -np.inf)
+        alternatives[np.arange(width) < sizes[:, None]] = present
     return np.where(drawn > MASKED, drawn, np.nan), alternatives, sizes
 
 
 def _floats(values: Sequence[Any], name: Callable[[int], str]) -> Floats:
     """The values as float64, None as NaN; raises for anything that is no log-probability."""
-    kinds: list[type] = list(map(type, values))
-    if not all(map(_is_number, set(kinds))):
-        odd = next(number for number, kind in enumerate(kinds) if not _is_number(kind))
+    kinds: set[type] = set(map(type, values))
+    if not all(map(_is_number, kinds)):
+        odd = next(number for number, sound in enumerate(map(_is_number, map(type, values))) if not sound)
         raise LogprobsMalformed(f"{name(odd)} must be a number or null; found {values[odd]!r:.60}")
     try:
         numbers = np.array(values, dtype=np.float64)
@@ -251,13 +307,17 @@ def _is_number(kind: type) -> bool:
     return issubclass(kind, float | int | NoneType) and kind is not bool
 
 
-def _drop_repeats(content: list[Any], drawn: Floats, alternatives: Floats, sizes: NDArray[np.int64]) -> None:
+def _drop_repeats(
+    entries: Callable[[], Sequence[Any]], drawn: Floats, alternatives: Floats, sizes: NDArray[np.int64]
+) -> None:
     """Let a drawn token that is listed twice count once, in place.
 
     vLLM's second model runner lists it as drawn and once more by rank. Two entries are the same token only if they
     agree in everything: different special tokens may share their text, and rounded logits may give ties.
     """
-    for position in np.flatnonzero((alternatives == drawn[:, None]).sum(axis=1) > 1).tolist():
+    doubtful = np.flatnonzero((alternatives == drawn[:, None]).sum(axis=1) > 1).tolist()
+    content = entries() if doubtful else ()
+    for position in doubtful if content else ():
         entry = content[position]
         fields = {key: value for key, value in entry.items() if key != "top_logprobs"}
         same = [rank for rank, other in enumerate(entry["top_logprobs"]) if other.items() <= fields.items()]

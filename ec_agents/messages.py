@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import AIMessage
-from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
+from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
-from langgraph.constants import TAG_NOSTREAM
 from pydantic import BaseModel, ValidationError
 
 from ec_agents.candidates import Candidate, CandidateSet, Selection
-from ec_agents.errors import ConfigError, FailedCall, LogprobsError, LogprobsMalformed
+from ec_agents.errors import FailedCall, LogprobsError, LogprobsMalformed
 from ec_agents.logprobs import choice_candidate, response_candidates, token_signals
+from ec_agents.models import SIGNALS_KEY, silent_model, unpacked_signals
 
 
 def as_candidate(response: object, index: int) -> Candidate:
@@ -44,14 +44,17 @@ def as_candidate(response: object, index: int) -> Candidate:
 
 
 def message_candidate(message: AIMessage, index: int) -> Candidate:
-    """A candidate from a LangChain message whose ``response_metadata["logprobs"]`` has OpenAI's form.
+    """A candidate from a LangChain message.
 
-    Missing or malformed log-probabilities, undecodable tool calls and refusals become flaws.
+    Its signals are those that a model prepared by ``sampling_model`` packed, or those of the log-probabilities in
+    OpenAI's form in ``response_metadata["logprobs"]``. Missing or malformed log-probabilities, undecodable tool calls
+    and refusals become flaws.
     """
     metadata: dict[str, Any] = message.response_metadata
     flaws: dict[str, str] = {}
     try:
-        signals = token_signals(metadata.get("logprobs"))
+        packed = metadata.get(SIGNALS_KEY)
+        signals = token_signals(metadata.get("logprobs")) if packed is None else unpacked_signals(packed)
     except LogprobsError as error:
         signals = None
         flaws["no_signal"] = str(error)
@@ -76,10 +79,9 @@ def message_candidate(message: AIMessage, index: int) -> Candidate:
 def sampling_model(
     model: Runnable[LanguageModelInput, AIMessage], tools: Sequence[Any] = (), top_logprobs: int | None = 20
 ) -> Runnable[LanguageModelInput, AIMessage]:
-    """The model with its tools, asked for log-probabilities, hidden from token streams, neither streaming nor cached.
+    """The model with its tools, asked for log-probabilities, neither streaming nor cached, out of sight of all streams.
 
-    Streaming loses the log-probabilities of tool calls on several servers; a cache would give N equal candidates. What
-    was bound to the model is bound again at the end, because ``bind_tools`` on a binding drops it.
+    What was bound to the model is bound again at the end, because ``bind_tools`` on a binding drops it.
 
     Args:
         model: A chat model, or one with ``.bind(...)``.
@@ -89,18 +91,14 @@ def sampling_model(
     Raises:
         ConfigError: It is no chat model.
     """
-    bound: dict[str, Any] = {}
-    config: RunnableConfig = {}
-    while isinstance(model, RunnableBinding):
-        bound, config, model = {**model.kwargs, **bound}, {**model.config, **config}, model.bound
-    if not isinstance(model, BaseChatModel):
-        raise ConfigError(f"model must be a LangChain BaseChatModel, or one with .bind(); found {type(model).__name__}")
-    hidden = [*(model.tags or []), TAG_NOSTREAM]
-    prepared: Any = model.model_copy(update={"tags": hidden, "disable_streaming": True, "cache": False})
-    if tools:
-        prepared = prepared.bind_tools(tools)
-    asked = {} if top_logprobs is None else {"logprobs": True, "top_logprobs": top_logprobs}
-    return prepared.bind(**{**asked, **bound}).with_config(config)
+    silent, bound, config = silent_model(model)
+    prepared: Any = silent.bind_tools(tools) if tools else silent
+    return prepared.bind(**{**logprobs_settings(top_logprobs), **bound}).with_config(config)
+
+
+def logprobs_settings(top_logprobs: int | None) -> dict[str, Any]:
+    """The arguments that ask a model for log-probabilities; None asks for nothing."""
+    return {} if top_logprobs is None else {"logprobs": True, "top_logprobs": top_logprobs}
 
 
 def invalid_action(candidate: Candidate, tools: Mapping[str, BaseTool]) -> str | None:
@@ -120,9 +118,28 @@ def invalid_action(candidate: Candidate, tools: Mapping[str, BaseTool]) -> str |
     return None
 
 
+def bound_action_problem(candidate: Candidate, tools: Sequence[Any]) -> str | None:
+    """What is wrong with a candidate's tool calls, by the bound form of the tools: their names, and what they require.
+
+    Tools in another form than OpenAI's are the provider's own, and nothing is checked if there is one.
+    """
+    functions: list[Any] = [cast("Any", tool).get("function") if isinstance(tool, Mapping) else None for tool in tools]
+    known: dict[str, Any] = {function["name"]: function.get("parameters") or {} for function in functions if function}
+    if not known or not all(functions):
+        return None
+    for call in candidate.tool_calls:
+        if call["name"] not in known:
+            return f"unknown tool {call['name']!r}; known: {', '.join(known)}"
+        missing = [name for name in known[call["name"]].get("required", ()) if name not in call["args"]]
+        if missing:
+            return f"arguments of {call['name']!r} do not fit: {', '.join(missing)} missing"
+    return None
+
+
 def without_logprobs(message: AIMessage) -> AIMessage:
-    """The message without its log-probabilities, which are too large to keep."""
-    metadata = {key: value for key, value in message.response_metadata.items() if key != "logprobs"}
+    """The message without its log-probabilities and signals, which are too large to keep."""
+    dropped = ("logprobs", SIGNALS_KEY)
+    metadata = {key: value for key, value in message.response_metadata.items() if key not in dropped}
     return message.model_copy(update={"response_metadata": metadata})
 
 

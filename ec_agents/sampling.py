@@ -1,10 +1,14 @@
 """Stage 1 - sample: one call → N candidates, concurrently; failures are results."""
 
 import asyncio
+import math
+import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
+from contextlib import nullcontext
 from contextvars import copy_context
+from dataclasses import replace
 from functools import cache
 from typing import Any, TypeVar
 
@@ -13,6 +17,7 @@ from langgraph.errors import GraphBubbleUp
 from ec_agents.candidates import Candidate, CandidateSet
 from ec_agents.errors import ConfigError, SamplingError
 from ec_agents.messages import as_candidate
+from ec_agents.waiting import SamplingPolicy, finish, respond
 
 _T = TypeVar("_T")
 
@@ -24,7 +29,8 @@ async def sample(
     call: Callable[[int], Awaitable[Any]],
     *,
     n: int,
-    min_candidates: int = 1,
+    policy: SamplingPolicy | None = None,
+    min_candidates: int | None = None,
     timeout: float | None = None,  # noqa: ASYNC109 - a limit of each call, not of this function
     max_concurrency: int | None = None,
     parse: Callable[[Any, int], Candidate] | None = None,
@@ -36,11 +42,12 @@ async def sample(
     it. LangGraph's interrupts pass.
 
     Args:
-        call: Index 0..N-1 → awaitable of one response.
-        n: How many calls.
-        min_candidates: Fewer successes than this are an error.
-        timeout: Seconds that one call may take once it is under way; None waits for ever.
-        max_concurrency: At most so many calls at once; None starts all.
+        call: Index 0..N-1 → awaitable of one response. A call that is sent again gets the same index.
+        n: How many candidates.
+        policy: What the step needs and how long it waits; by default all N, for ever.
+        min_candidates: Instead of the policy's: fewer successes than this are an error.
+        timeout: Instead of the policy's: seconds that one call may take once it is under way.
+        max_concurrency: Instead of the policy's: at most so many calls at once.
         parse: Response and index → candidate; by default ``as_candidate``.
         on_result: Told the index and the candidate or failure of each call as it ends.
 
@@ -59,39 +66,42 @@ async def sample(
         >>> [candidate.content for candidate in asyncio.run(sample(call, n=2)).candidates]
         ['answer 0', 'answer 1']
     """
-    check_sampling(n, min_candidates, timeout, max_concurrency)
-    gate = asyncio.Semaphore(max_concurrency or n)
+    policy = check_sampling(n, min_candidates, timeout, max_concurrency, policy)
+    gate = nullcontext() if policy.max_concurrency is None else asyncio.Semaphore(policy.max_concurrency)
+    give_up_at = math.inf if policy.deadline is None else asyncio.get_running_loop().time() + policy.deadline
     to_candidate = parse or as_candidate
+    drawn: dict[int, tuple[Any, Candidate]] = {}
+    failures: dict[int, BaseException] = {}
 
-    async def one(index: int) -> tuple[Any, Candidate] | BaseException:
+    def enough() -> bool:
+        return policy.first is not None and len(drawn) >= policy.first
+
+    async def one(index: int) -> None:
         try:
-            async with gate:
-                response = await _within(timeout, call(index))
+            response = await respond(lambda: call(index), policy, gate, give_up_at)
             candidate = to_candidate(response, index)
         except GraphBubbleUp:
             raise
         except (Exception, asyncio.CancelledError) as failure:
             if _is_cancelled():
                 raise
+            failures[index] = failure
             on_result(index, failure)
-            return failure
-        on_result(index, candidate)
-        return response, candidate
+        else:
+            if not enough():
+                drawn[index] = response, candidate
+                on_result(index, candidate)
 
-    results = await _run_all([one(index) for index in range(n)])
-    failures = {i: result for i, result in enumerate(results) if isinstance(result, BaseException)}
-    drawn = {i: result for i, result in enumerate(results) if not isinstance(result, BaseException)}
-    if len(drawn) < min_candidates:
-        first = next(iter(failures.values()))
-        raise SamplingError(
-            f"{len(drawn)} of {n} calls succeeded, {min_candidates} needed (min_candidates); "
-            f"first failure: {type(first).__name__}: {first}",
-            failures,
-        ) from first
+    await finish([asyncio.create_task(one(index)) for index in range(n)], enough, give_up_at)
+    for index in sorted(set(range(n)) - drawn.keys() - failures.keys()):
+        failures[index] = _unanswered(policy, enough=enough())
+        on_result(index, failures[index])
+    if len(drawn) < policy.min_candidates:
+        raise _too_few(len(drawn), n, policy.min_candidates, failures)
     return CandidateSet(
-        candidates=[candidate for _, candidate in drawn.values()],
-        messages={i: response for i, (response, _) in drawn.items()},
-        failures=failures,
+        candidates=[candidate for _, (_, candidate) in sorted(drawn.items())],
+        messages={index: response for index, (response, _) in sorted(drawn.items())},
+        failures=dict(sorted(failures.items())),
     )
 
 
@@ -100,7 +110,13 @@ def run_blocking(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
 
     All such work shares one background loop, so a client's pooled connections stay usable from one call to the next.
     The caller's context variables hold inside; interrupting the caller cancels the work.
+
+    Raises:
+        ConfigError: The caller is such work itself, and would wait for its own loop.
     """
+    (loop, thread), tasks = _background_loop(), list[asyncio.Task[_T]]()
+    if threading.current_thread() is thread:
+        raise ConfigError("a synchronous call from within a sampled call would wait for itself; await it instead")
     done: Future[_T] = Future()
     context = copy_context()
 
@@ -109,7 +125,6 @@ def run_blocking(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         task.add_done_callback(lambda task: _settle(task, done))
         tasks.append(task)
 
-    loop, tasks = _background_loop(), list[asyncio.Task[_T]]()
     loop.call_soon_threadsafe(start)
     try:
         return done.result()
@@ -118,31 +133,40 @@ def run_blocking(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         raise
 
 
-def check_sampling(n: int, min_candidates: int, timeout: float | None, max_concurrency: int | None) -> None:
-    """Check the arguments of ``sample``.
+def check_sampling(
+    n: int,
+    min_candidates: int | None = None,
+    timeout: float | None = None,
+    max_concurrency: int | None = None,
+    policy: SamplingPolicy | None = None,
+) -> SamplingPolicy:
+    """The policy of a step: ``policy``, or its default, with the values that are given instead.
 
     Raises:
         ConfigError: One of them is out of range.
     """
-    if n < 1:
-        raise ConfigError(f"n must be 1 or more; found {n}")
-    if not 1 <= min_candidates <= n:
-        raise ConfigError(f"min_candidates must be from 1 to n={n}; found {min_candidates}")
-    if timeout is not None and not timeout > 0:
-        raise ConfigError(f"timeout must be above 0 seconds, or None; found {timeout}")
-    if max_concurrency is not None and max_concurrency < 1:
-        raise ConfigError(f"max_concurrency must be 1 or more, or None; found {max_concurrency}")
+    given = {"min_candidates": min_candidates, "timeout": timeout, "max_concurrency": max_concurrency}
+    resolved = replace(policy or SamplingPolicy(), **{name: v for name, v in given.items() if v is not None})
+    resolved.check(n)
+    return resolved
 
 
-async def _within(seconds: float | None, response: Awaitable[Any]) -> Any:
-    """The response, or a ``TimeoutError`` that says how long was waited."""
-    try:
-        async with asyncio.timeout(seconds) as limit:
-            return await response
-    except TimeoutError as error:
-        if limit.expired():
-            raise TimeoutError(f"no answer within {seconds:g} s (timeout)") from error
-        raise
+def _unanswered(policy: SamplingPolicy, *, enough: bool) -> BaseException:
+    """Why a call that was cut off is not among the results."""
+    if enough:
+        return asyncio.CancelledError(f"not needed: {policy.first} other calls succeeded before (first)")
+    return TimeoutError(f"no answer within {policy.deadline or 0:g} s of the start of the step (deadline)")
+
+
+def _too_few(found: int, n: int, needed: int, failures: dict[int, BaseException]) -> SamplingError:
+    first = failures[min(failures)]
+    error = SamplingError(
+        f"{found} of {n} calls succeeded, {needed} needed (min_candidates); "
+        f"first failure: {type(first).__name__}: {first}",
+        dict(sorted(failures.items())),
+    )
+    error.__cause__ = first
+    return error
 
 
 def _is_cancelled() -> bool:
@@ -151,23 +175,17 @@ def _is_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-async def _run_all(calls: list[Coroutine[Any, Any, _T]]) -> list[_T]:
-    """Run all at once; when one raises or this is cancelled, cancel the rest and see them end."""
-    tasks = [asyncio.create_task(call) for call in calls]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 @cache
-def _background_loop() -> asyncio.AbstractEventLoop:
-    """The loop of synchronous callers, running in a daemon thread of its own."""
+def _background_loop() -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
+    """The loop of synchronous callers, and the daemon thread of its own in which it runs."""
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="ec_agents-sampling", daemon=True).start()
-    return loop
+    thread = threading.Thread(target=loop.run_forever, name="ec_agents-sampling", daemon=True)
+    thread.start()
+    return loop, thread
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_background_loop.cache_clear)  # a forked child has the loop but not its thread
 
 
 def _settle(task: asyncio.Task[_T], done: Future[_T]) -> None:

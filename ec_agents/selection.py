@@ -1,7 +1,7 @@
 """Stage 4 - choose: guards → ranking → the chosen candidate, with the evidence."""
 
-import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,10 +10,35 @@ import numpy as np
 
 from ec_agents.candidates import Candidate, Reason, Selection
 from ec_agents.errors import ConfigError, SelectionError
-from ec_agents.scoring import CentroidScorer, FindsPhases, FirstScorer, Scorer
+from ec_agents.scoring import (
+    CentroidScorer,
+    CountsVotes,
+    FindsPhases,
+    FirstScorer,
+    KnowsNoise,
+    Scorer,
+    action_key,
+    chance_of_margin,
+)
+
+__all__ = [
+    "DEFAULT_GUARDS",
+    "SEVERITY",
+    "Guard",
+    "Selector",
+    "action_key",
+    "degenerate_loop",
+    "empty",
+    "refused",
+    "select",
+    "truncated",
+]
 
 Guard = Callable[[Candidate], str | None]
 """Says what is wrong with a candidate, or None."""
+
+Groups = tuple[list[Candidate], list[Candidate]]
+"""The sound candidates, and the flawed ones."""
 
 SEVERITY = ("truncated", "degenerate_loop", "no_signal", "invalid_action", "refused", "empty")
 """Flaws from the mildest to the worst; a flaw of a guard of one's own ranks as ``invalid_action``."""
@@ -76,11 +101,11 @@ class Selector:
     scorer: Scorer = field(default_factory=CentroidScorer)
     """Ranks the candidates."""
     tie_break: Scorer | None = None
-    """Decides between equal best scores; None takes the lower index."""
+    """Decides between equal scores; None leaves it to the vote, if the scorer is one, and then to the lower index."""
     guards: Mapping[str, Guard] = field(default_factory=lambda: DEFAULT_GUARDS)
     """Find flaws before anything is ranked; keyed by the name of the flaw."""
     min_tokens: int = 0
-    """The fallback decides when no sound candidate has this many tokens: short texts have noisy centroids."""
+    """The fallback decides when no sound candidate has this many tokens: on short texts a centroid is mostly noise."""
     fallback: Scorer | Literal["raise"] = field(default_factory=FirstScorer)
     """Decides when no candidate can be scored; ``"raise"`` raises ``SelectionError``."""
 
@@ -95,7 +120,8 @@ class Selector:
         """Choose one of the candidates.
 
         A candidate that cannot be scored never beats a sound one that can. Flawed candidates rank after sound ones, the
-        mildest flaw first; ties go to the lower index.
+        mildest flaw first, and neither vote for nor otherwise touch the scores of the sound ones; ties go to the lower
+        index.
 
         Raises:
             ConfigError: There is no candidate, or two have the same index.
@@ -105,42 +131,67 @@ class Selector:
         if not ordered or len({candidate.index for candidate in ordered}) != len(ordered):
             found = [candidate.index for candidate in ordered]
             raise ConfigError(f"one or more candidates with different indexes are needed; found indexes {found}")
-        scores = _scores(self.scorer, ordered)
-        flaws = {candidate.index: self._flaws(candidate, scores[candidate.index]) for candidate in ordered}
+        flaws = {candidate.index: self._flaws(candidate) for candidate in ordered}
+        groups = ([c for c in ordered if not flaws[c.index]], [c for c in ordered if flaws[c.index]])
+        scores = self._score(self.scorer, groups)
+        for candidate in ordered:
+            if scores[candidate.index] is None:
+                unscored = candidate.flaws.get("no_signal", f"the {self.scorer.name} scorer cannot score it")
+                flaws[candidate.index].setdefault("no_signal", unscored)
         fallback = self._fallback(ordered, flaws, scores)
-        keys = scores if fallback is None else _scores(fallback, ordered)
-        ties = _scores(self.tie_break, ordered) if self.tie_break is not None else {}
-        best = (fallback or self.scorer).best
-        order = sorted(
-            scores,
-            key=lambda i: (_severity(flaws[i]), _rank(keys[i], best), _rank(ties.get(i), self._tie_best), i),
-        )
-        peers = [scores[i] for i in order if _severity(flaws[i]) == _severity(flaws[order[0]])]
-        margin = _margin(peers) if fallback is None else None
+        ranked = self._ranked(groups, flaws, scores, fallback)
+        peers = [c for c in ranked if _severity(flaws[c.index]) == _severity(flaws[ranked[0].index])]
+        margin = _margin(self.scorer, peers, scores) if fallback is None else None
+        margin_sd, p_noise = (None, None) if margin is None else _noise(self.scorer, peers, margin)
+        winner = action_key(ranked[0])
         return Selection(
-            chosen=order[0],
-            order=order,
+            chosen=ranked[0].index,
+            order=[candidate.index for candidate in ranked],
             scores=scores,
             margin=margin,
-            reason=_reason(flaws[order[0]], len(order), len(peers), margin, is_fallback=fallback is not None),
+            reason=_reason(flaws[ranked[0].index], len(ranked), len(peers), margin, is_fallback=fallback is not None),
             selector=self.scorer.name,
             flaws={i: found for i, found in flaws.items() if found},
             n_tokens={c.index: c.signals.n_tokens for c in ordered if c.signals is not None},
             n_phases=_phase_counts(self.scorer, ordered),
+            margin_sd=margin_sd,
+            p_noise=p_noise,
+            n_agree=sum(action_key(candidate) == winner for candidate in ordered),
         )
 
-    @property
-    def _tie_best(self) -> Literal["lowest", "highest"]:
-        return "lowest" if self.tie_break is None else self.tie_break.best
+    def _ranked(
+        self,
+        groups: Groups,
+        flaws: Mapping[int, Mapping[str, str]],
+        scores: Mapping[int, float | None],
+        fallback: Scorer | None,
+    ) -> list[Candidate]:
+        """The candidates from best to worst."""
+        keys = scores if fallback is None else self._score(fallback, groups)
+        best = (fallback or self.scorer).best
+        tie_break = self.tie_break or (self.scorer.tie_break if isinstance(self.scorer, CountsVotes) else None)
+        ties = {} if tie_break is None else self._score(tie_break, groups)
+        tie_best = "lowest" if tie_break is None else tie_break.best
 
-    def _flaws(self, candidate: Candidate, score: float | None) -> dict[str, str]:
+        def place(candidate: Candidate) -> tuple[int, float, float, int]:
+            i = candidate.index
+            return _severity(flaws[i]), _rank(keys[i], best), _rank(ties.get(i), tie_best), i
+
+        return sorted((candidate for group in groups for candidate in group), key=place)
+
+    def _score(self, scorer: Scorer, groups: Groups) -> dict[int, float | None]:
+        """Scores by candidate index, in index order; each group is scored by itself."""
+        scores = {index: score for group in groups if group for index, score in _scores(scorer, group).items()}
+        return dict(sorted(scores.items()))
+
+    def _flaws(self, candidate: Candidate) -> dict[str, str]:
         found = dict(candidate.flaws)
+        if candidate.signals is None:
+            found.pop("no_signal", None)  # comes back if the scorer needs signals
         for name, guard in self.guards.items():
             text = guard(candidate)
             if text is not None:
                 found.setdefault(name, text)
-        if score is None:
-            found.setdefault("no_signal", f"the {self.scorer.name} scorer cannot score it")
         return found
 
     def _fallback(
@@ -153,10 +204,11 @@ class Selector:
         if all(score is None for score in scores.values()):
             why = f"none of {len(candidates)} candidates could be scored; {_first_reason(flaws)}"
         else:
-            longest = max(c.signals.n_tokens if c.signals is not None else 0 for c in candidates)
+            sound = [c for c in candidates if not flaws[c.index]] or candidates
+            longest = max(c.signals.n_tokens if c.signals is not None else 0 for c in sound)
             if longest >= self.min_tokens:
                 return None
-            why = f"the longest candidate has {longest} tokens, {self.min_tokens} needed (min_tokens)"
+            why = f"the longest sound candidate has {longest} tokens, {self.min_tokens} needed (min_tokens)"
         if self.fallback == "raise":
             raise SelectionError(f"{why}. Ask for logprobs, or let fallback=FirstScorer() decide")
         _log.warning("%s; the %s scorer decides", why, self.fallback.name)
@@ -176,17 +228,6 @@ def select(candidates: Sequence[Candidate], selector: Selector | None = None) ->
         'only_one'
     """
     return (selector or Selector())(candidates)
-
-
-def action_key(candidate: Candidate) -> str:
-    """The action in canonical form: the tool calls with sorted arguments, or the answer in lower case, single-spaced.
-
-    Two candidates that would do the same thing have the same key.
-    """
-    if candidate.tool_calls:
-        calls = [[call.get("name"), call.get("args")] for call in candidate.tool_calls]
-        return "call:" + json.dumps(calls, sort_keys=True, ensure_ascii=False, default=str)
-    return "text:" + " ".join(candidate.content.casefold().split())
 
 
 def _scores(scorer: Scorer, candidates: Sequence[Candidate]) -> dict[int, float | None]:
@@ -209,9 +250,24 @@ def _rank(score: float | None, best: Literal["lowest", "highest"]) -> float:
     return score if best == "lowest" else -score
 
 
-def _margin(peers: Sequence[float | None]) -> float | None:
-    first, second = (*peers, None, None)[:2]
-    return None if first is None or second is None else abs(first - second)
+def _margin(scorer: Scorer, peers: Sequence[Candidate], scores: Mapping[int, float | None]) -> float | None:
+    """Distance from the best score to the second; of a vote, to the best one for another action, 0 if there is none."""
+    best, others = scores[peers[0].index], [scores[candidate.index] for candidate in peers[1:]]
+    if isinstance(scorer, CountsVotes) and others:
+        own = scorer.key(peers[0])
+        others = [*(scores[c.index] for c in peers[1:] if scorer.key(c) != own), 0.0]
+    return None if best is None or not others or others[0] is None else abs(best - others[0])
+
+
+def _noise(scorer: Scorer, peers: Sequence[Candidate], margin: float) -> tuple[float | None, float | None]:
+    """The margin in standard deviations of scores without any signal, and how often these have such a margin."""
+    if not isinstance(scorer, KnowsNoise):
+        return None, None
+    deviations = np.asarray(scorer.noise(peers), dtype=np.float64)
+    if not (np.isfinite(deviations) & (deviations > 0)).all():
+        return None, None
+    first, second = deviations[:2].tolist()
+    return margin / math.sqrt((first**2 + second**2) / 2), chance_of_margin(margin, deviations)
 
 
 def _reason(flaws: Mapping[str, str], n: int, n_peers: int, margin: float | None, *, is_fallback: bool) -> Reason:

@@ -5,10 +5,22 @@ import socket
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tests run in parallel processes, each with one thread
 
+settings.register_profile("any-machine", deadline=None)  # a busy machine is no failure
+settings.load_profile("any-machine")
+
 _LOOPBACK = ("127.", "::1", "localhost")
+
+
+@pytest.fixture(autouse=True)
+def no_verdicts() -> None:
+    """Forget what other tests' servers, perhaps on the same port, showed about themselves."""
+    from ec_agents.providers import forget_verdicts  # noqa: PLC0415 - numpy reads the environment when it is imported
+
+    forget_verdicts()
 
 
 @pytest.fixture(autouse=True)

@@ -36,9 +36,10 @@ def test_every_example_runs(example: Path):
 
 
 def test_the_stage_table_of_the_readme_is_what_the_modules_say():
-    modules = ROOT.glob("ec_agents/*.py")
+    modules = [*ROOT.glob("ec_agents/*.py"), *ROOT.glob("ec_agents/*/__init__.py")]
     stages = {path: STAGE.match(path.read_text(encoding="utf-8")) for path in modules}
-    expected = {f"| {m[1]} {m[2]} | `ec_agents/{path.name}` | {m[3]} |" for path, m in stages.items() if m}
+    shown = {path: str(path.relative_to(ROOT)).removesuffix("__init__.py") for path in modules}
+    expected = {f"| {m[1]} {m[2]} | `{shown[path]}` | {m[3]} |" for path, m in stages.items() if m}
     found = set(re.findall(r"^\| \d \w+ \| .*\|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
     assert found == expected
 

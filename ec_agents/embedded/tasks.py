@@ -1,7 +1,7 @@
 """Three families of tasks with programmatic checkers: ``solve``, ``play`` and ``plain``.
 
 - ``solve``: make a goal from 3 or 4 numbers with + - * /; one response with a worked search.
-- ``play``: the same puzzle with 3 to 5 numbers and a ``calc`` tool, one operation a step: two to four tool calls,
+- ``play``: the same puzzle with 3 or 4 numbers and a ``calc`` tool, one operation a step: two or three tool calls,
   each working on the results of the ones before.
 - ``plain``: a word problem of several sums; one response with a plain chain of thought.
 
@@ -20,6 +20,28 @@ FAMILIES: tuple[Family, ...] = ("solve", "play", "plain")
 NAMES = ("Ann", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ida", "Jon", "Kim", "Liv")
 LARGEST = 400
 """The largest result that one operation of a puzzle may have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difficulty:
+    """How hard the drawn tasks are."""
+
+    solve: tuple[int, int, int]
+    """Weights of 3, 4 and 5 numbers in ``solve``."""
+    play: tuple[int, int, int]
+    """Weights of 3, 4 and 5 numbers in ``play``."""
+    people: int
+    """``plain``: most people, from 3."""
+    amount: int
+    """``plain``: most that the first person has, from 10."""
+    difference: int
+    """``plain``: largest difference, from 2."""
+
+
+NORMAL = Difficulty(solve=(3, 1, 0), play=(2, 1, 0), people=5, amount=40, difference=20)
+"""What ``make_tasks`` draws, and the second stage of training."""
+WIDE = Difficulty(solve=(1, 1, 0), play=(2, 2, 1), people=6, amount=60, difference=48)
+"""The first stage of training."""
 
 _OPERATION = re.compile(r"\s*(\d+)\s*([-+*/])\s*(\d+)\s*(?:=\s*(\d+)\s*)?")
 
@@ -175,16 +197,17 @@ def moves(numbers: Sequence[int]) -> list[tuple[Operation, tuple[int, ...]]]:
     return list(options.items())
 
 
-def make_task(family: Family, rng: random.Random, *, held_out: bool = True) -> Task:
+def make_task(family: Family, rng: random.Random, *, held_out: bool = True, difficulty: Difficulty = NORMAL) -> Task:
     """Draw a task.
 
     Args:
         family: Which family.
         rng: The source of chance.
         held_out: True draws from the tenth of all tasks that training never sees, False from the rest.
+        difficulty: How hard.
     """
     while True:
-        task = _draw_sums(rng) if family == "plain" else _draw_puzzle(family, rng)
+        task = _draw_sums(rng, difficulty) if family == "plain" else _draw_puzzle(family, rng, difficulty)
         if task is not None and is_held_out(task) == held_out:
             return task
 
@@ -201,8 +224,8 @@ def is_held_out(task: Task) -> bool:
     return zlib.crc32(key.encode()) % 10 == 0
 
 
-def _draw_puzzle(family: Literal["solve", "play"], rng: random.Random) -> Task | None:
-    count = rng.choices((3, 4) if family == "solve" else (3, 4, 5), (1, 1) if family == "solve" else (2, 2, 1))[0]
+def _draw_puzzle(family: Literal["solve", "play"], rng: random.Random, difficulty: Difficulty) -> Task | None:
+    count = rng.choices((3, 4, 5), difficulty.solve if family == "solve" else difficulty.play)[0]
     numbers = tuple(rng.randint(1, 25) for _ in range(count))
     left = numbers
     while len(left) != 1:
@@ -227,13 +250,13 @@ def _draw_puzzle(family: Literal["solve", "play"], rng: random.Random) -> Task |
     return Task(family=family, prompt=prompt, numbers=numbers, goal=goal)
 
 
-def _draw_sums(rng: random.Random) -> Task:
-    names = rng.sample(NAMES, rng.randint(3, 6))
-    amounts = {names[0]: rng.randint(10, 60)}
+def _draw_sums(rng: random.Random, difficulty: Difficulty) -> Task:
+    names = rng.sample(NAMES, rng.randint(3, difficulty.people))
+    amounts = {names[0]: rng.randint(10, difficulty.amount)}
     sentences = [f"{names[0]} has {amounts[names[0]]}."]
     for name in names[1:]:
         other = rng.choice(list(amounts))
-        difference = rng.randint(2, 48)
+        difference = rng.randint(2, difficulty.difference)
         fewer = amounts[other] > difference and rng.random() < 0.5
         amounts[name] = amounts[other] + (-difference if fewer else difference)
         sentences.append(f"{name} has {difference} {'fewer' if fewer else 'more'} than {other}.")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ec_agents.embedded import vocabulary as v
-from ec_agents.embedded.tasks import Operation, Task, call_calc, find_solution, make_task, moves
+from ec_agents.embedded.tasks import NORMAL, Difficulty, Operation, Task, call_calc, find_solution, make_task, moves
 from ec_agents.embedded.template import Turn, call_text, render
 
 Attempt = Sequence[Operation]
@@ -34,10 +34,10 @@ class Example:
     response: list[int]
 
 
-def make_example(rng: random.Random) -> Example:
+def make_example(rng: random.Random, difficulty: Difficulty = NORMAL) -> Example:
     """Draw one training example of any family."""
     family = rng.choices(("solve", "play", "plain"), (35, 45, 20))[0]
-    task = make_task(family, rng, held_out=False)
+    task = make_task(family, rng, held_out=False, difficulty=difficulty)
     if family == "plain":
         return _plain(task)
     return _solve(task, rng) if family == "solve" else _play(task, rng)

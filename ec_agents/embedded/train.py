@@ -11,6 +11,7 @@ import argparse
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ec_agents.embedded import vocabulary
+from ec_agents.embedded.tasks import NORMAL, WIDE, Difficulty
 from ec_agents.embedded.traces import Example, make_example
 from ec_agents.embedded.transformer import Shape
 
@@ -26,6 +28,26 @@ POOL = 2048
 """Examples drawn at once, sorted by length and cut into batches."""
 BATCH_TOKENS = 4096
 """Tokens in a batch, padding included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What a stage of training learns from, and how fast."""
+
+    difficulty: Difficulty
+    """The tasks."""
+    rate: float
+    """Learning rate of the hidden matrices; the rest learn at 0.3 times this rate."""
+    weight_decay: float
+    """Of the hidden matrices; it keeps attention logits from growing until the heads are stuck."""
+    decay: float
+    """Last share of the schedule, over which the rates fall to 0."""
+
+
+STAGES = {
+    "wide": Stage(difficulty=WIDE, rate=0.01, weight_decay=0.3, decay=0.4),
+    "normal": Stage(difficulty=NORMAL, rate=0.007, weight_decay=0.05, decay=1.0),
+}
 
 
 class Layer(nn.Module):
@@ -111,11 +133,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
-def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(seed: int, difficulty: Difficulty) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless ``(ids, is_response)`` batches, each ``(batch, time)``."""
     rng = random.Random(seed)
     while True:
-        pool = sorted((make_example(rng) for _ in range(POOL)), key=lambda e: len(e.prompt) + len(e.response))
+        pool = sorted(
+            (make_example(rng, difficulty) for _ in range(POOL)), key=lambda e: len(e.prompt) + len(e.response)
+        )
         groups: list[list[Example]] = [[]]
         for example in pool:
             if (len(groups[-1]) + 1) * (len(example.prompt) + len(example.response)) > BATCH_TOKENS:
@@ -152,22 +176,43 @@ def save(model: Decoder, path: Path) -> None:
     np.savez(path, **arrays)
 
 
-def train(steps: int, out: Path, *, seed: int = 0) -> None:
-    """Train for ``steps`` batches and write the weights to ``out``, every 500 steps and at the end."""
+def restore(model: Decoder, path: Path) -> None:
+    """Read weights that ``save`` wrote."""
+    with np.load(path, allow_pickle=False) as arrays, torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.from_numpy(arrays[name.removesuffix(".weight")].astype(np.float32)))
+
+
+def train(
+    stage: Stage, steps: int, out: Path, *, start: Path | None = None, until: int | None = None, seed: int = 0
+) -> None:
+    """Train one stage and write the weights to ``out``, every 500 steps and at the end.
+
+    Args:
+        stage: What to train on, and how fast.
+        steps: Batches of the whole schedule.
+        out: The file of weights to write.
+        start: Weights to go on from; None begins with random ones.
+        until: Stop after so many batches; None runs the whole schedule.
+        seed: Of the weights and the examples.
+    """
     torch.manual_seed(seed)
     model = Decoder(Shape(vocabulary=vocabulary.SIZE))
+    if start is not None:
+        restore(model, start)
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     optimizers = [
-        Muon(matrices, lr=0.01, weight_decay=0.3),
-        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
+        Muon(matrices, lr=stage.rate, weight_decay=stage.weight_decay),
+        torch.optim.AdamW(others, lr=0.3 * stage.rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     schedule = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda i: min((i + 1) / 50, 1.0, (steps - i) / (0.4 * steps)))
+        torch.optim.lr_scheduler.LambdaLR(o, lambda i: min((i + 1) / 50, 1.0, (steps - i) / (stage.decay * steps)))
         for o in optimizers
     ]
-    start, tokens, recent = time.perf_counter(), 0, 0.0
-    for step, (ids, learn) in zip(range(1, steps + 1), batches(seed), strict=False):
+    began, tokens, recent = time.perf_counter(), 0, 0.0
+    last = until or steps
+    for step, (ids, learn) in zip(range(1, last + 1), batches(seed, stage.difficulty), strict=False):
         loss = loss_of(model, ids, learn)
         loss.backward()
         for part in (*optimizers, *schedule):
@@ -176,23 +221,32 @@ def train(steps: int, out: Path, *, seed: int = 0) -> None:
         tokens += ids.numel()
         recent = loss.item() if step == 1 else 0.98 * recent + 0.02 * loss.item()
         if step % 50 == 0:
-            print(
-                f"step {step} loss {recent:.4f} tokens {tokens} seconds {time.perf_counter() - start:.0f}", flush=True
-            )
-        if step % 500 == 0 or step == steps:
+            seconds = time.perf_counter() - began
+            print(f"step {step} loss {recent:.4f} tokens {tokens} seconds {seconds:.0f}", flush=True)
+        if step % 500 == 0 or step == last:
             save(model, out)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train the embedded model.")
-    parser.add_argument("--steps", type=int, default=6000, help="batches of 4,096 tokens")
+    parser.add_argument("--stage", choices=STAGES, default="wide")
+    parser.add_argument("--steps", type=int, required=True, help="batches of 4,096 tokens")
+    parser.add_argument("--until", type=int, help="stop after so many batches of the schedule")
+    parser.add_argument("--start", type=Path, help="weights to go on from")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("weights.npz"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    train(options.steps, options.out, seed=options.seed)
+    train(
+        STAGES[options.stage],
+        options.steps,
+        options.out,
+        start=options.start,
+        until=options.until,
+        seed=options.seed,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""For tests of one's own agents: a chat model that answers from a script, with real-looking log-probabilities."""
+"""A chat model that answers from a script, with real-looking log-probabilities."""
 
 import asyncio
 import math
@@ -73,7 +73,9 @@ class ScriptedChatModel(BaseChatModel):
 
     replies: Sequence[Reply] = Field(default_factory=list[Reply])
     """The script. A call beyond its end raises ``IndexError``."""
-    _requests: list[tuple[list[BaseMessage], dict[str, Any]]] = PrivateAttr(default_factory=list)
+    _requests: list[tuple[list[BaseMessage], dict[str, Any]]] = PrivateAttr(
+        default_factory=list[tuple[list[BaseMessage], dict[str, Any]]]
+    )
 
     @property
     def requests(self) -> list[tuple[list[BaseMessage], dict[str, Any]]]:

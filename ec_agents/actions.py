@@ -1,0 +1,237 @@
+"""Actions as text: tools → a strict JSON schema, so that the tokens of an action are measured like any others.
+
+OpenAI and Azure give no log-probabilities for tool calls, but they do for the content. Here the model writes a thought
+and then its action, or its final answer, as JSON in the content. What comes back is an ordinary ``AIMessage`` with
+``tool_calls``, and a conversation with tool calls is sent in a form that any chat endpoint takes.
+"""
+
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from langchain_core.utils.json_schema import dereference_refs
+
+from ec_agents.errors import ActionError, ConfigError
+
+ActionFormat = Literal["native", "json", "auto"]
+Json = Mapping[str, Any]
+
+THOUGHT_KEY = "thought"
+"""Where ``additional_kwargs`` of a final answer holds the thought before it."""
+
+_INSTRUCTIONS = """Answer with one JSON object: first "thought", a text in which you think, then "action".
+"action" is either {{"tool": name, "arguments": {{…}}}}, to use a tool and see its result, or {{"final_answer": text}}.
+Arguments that are not needed are null. The tools:
+{tools}"""
+_KEPT = ("type", "enum", "const", "description")
+_TEXT: Json = {"type": "string"}
+
+
+class JsonActions:
+    """The tools of an agent as one strict JSON schema, with the way there and back.
+
+    Args:
+        tools: Tools, functions, or tool dicts in OpenAI's form.
+
+    Raises:
+        ConfigError: A tool has no schema, as tools that the provider runs itself.
+    """
+
+    def __init__(self, tools: Sequence[Any]) -> None:
+        functions = [_function(tool) for tool in tools]
+        self._parameters = {f["name"]: dereference_refs(dict(f.get("parameters") or {})) for f in functions}
+        described = [{"tool": f["name"], "description": f.get("description", "")} for f in functions]
+        lines = [
+            json.dumps({**tool, "arguments": self._parameters[tool["tool"]].get("properties", {})}, ensure_ascii=False)
+            for tool in described
+        ]
+        self._instructions = _INSTRUCTIONS.format(tools="\n".join(lines))
+
+    @property
+    def response_format(self) -> dict[str, Any]:
+        """The ``response_format`` of the request."""
+        actions = [
+            _object({"tool": {"type": "string", "enum": [name]}, "arguments": _strict_object(parameters)})
+            for name, parameters in self._parameters.items()
+        ]
+        answer = _object({"final_answer": _TEXT})
+        schema = _object({"thought": _TEXT, "action": {"anyOf": [*actions, answer]}})
+        return {"type": "json_schema", "json_schema": {"name": "action", "strict": True, "schema": schema}}
+
+    def encode(self, messages: Sequence[BaseMessage]) -> list[BaseMessage]:
+        """The conversation with every action and result as text, and the instructions in the first message."""
+        first = messages[0].text if messages and isinstance(messages[0], SystemMessage) else None
+        text = "\n\n".join(filter(None, (first, self._instructions)))
+        encoded: list[BaseMessage] = [SystemMessage(text)]
+        previous: BaseMessage | None = None
+        for message in messages if first is None else messages[1:]:
+            if isinstance(message, AIMessage):
+                encoded.append(AIMessage(_written(message)))
+            elif isinstance(message, ToolMessage):
+                results = encoded.pop() if isinstance(previous, ToolMessage) else None
+                encoded.append(_with_result(results, message))
+            else:
+                encoded.append(message)
+            previous = message
+        return encoded
+
+    def decode(self, message: AIMessage) -> AIMessage:
+        """The message with its JSON turned into a tool call or a final answer; the rest of it stays.
+
+        A refusal, and an answer that was cut off, stay as they are.
+
+        Raises:
+            ActionError: The content is not the JSON that was asked for.
+        """
+        if message.additional_kwargs.get("refusal") or message.response_metadata.get("finish_reason") == "length":
+            return message
+        thought, action = _read(message.text)
+        if "final_answer" in action:
+            kept: dict[str, Any] = {**message.additional_kwargs, THOUGHT_KEY: thought}
+            return message.model_copy(update={"content": str(action["final_answer"]), "additional_kwargs": kept})
+        name, arguments = action["tool"], action.get("arguments")
+        schema = self._parameters.get(name, {})
+        args: Any = _restored(arguments, {"properties": {}, **schema}) if isinstance(arguments, dict) else {}
+        call: dict[str, Any] = {"name": name, "args": args, "id": f"call_{uuid.uuid4().hex}", "type": "tool_call"}
+        return message.model_copy(update={"content": thought, "tool_calls": [call]})
+
+
+def strict_schema(schema: Json) -> dict[str, Any]:
+    """The nearest schema in the subset that strict structured output takes.
+
+    Every property is required, and null where it was optional; objects without known properties become JSON text.
+    Limits of length, range and form are left to the check of the arguments.
+    """
+    kept = {key: schema[key] for key in _KEPT if key in schema}
+    branches = schema.get("anyOf") or schema.get("oneOf")
+    if branches:
+        return {**_without(kept, "type"), "anyOf": [strict_schema(branch) for branch in branches]}
+    if len(schema.get("allOf", ())) == 1:
+        return strict_schema({**schema["allOf"][0], **_without(schema, "allOf")})
+    if _is_free(schema):
+        hint = f"{schema.get('description', '')} (as JSON text)".strip()
+        return {"type": "string", "description": hint}
+    if "properties" in schema or schema.get("type") == "object":
+        return {**_without(kept, "type"), **_strict_object(schema)}
+    if schema.get("type") == "array":
+        return {**kept, "items": strict_schema(schema.get("items") or {})}
+    return kept
+
+
+def _strict_object(schema: Json) -> dict[str, Any]:
+    required = schema.get("required", ())
+    properties: Json = schema.get("properties") or {}
+    return _object(
+        {
+            name: strict_schema(value) if name in required else {"anyOf": [strict_schema(value), {"type": "null"}]}
+            for name, value in properties.items()
+        }
+    )
+
+
+def _object(properties: Json) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": dict(properties),
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _restored(value: Any, schema: Json) -> Any:
+    """A value that fits the strict schema as the tool's own schema wants it: no nulls for optional, no JSON text."""
+    branches = schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf")
+    if branches:
+        return _restored(value, next((branch for branch in branches if _fits(value, branch)), _TEXT))
+    if isinstance(value, str) and _is_free(schema):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    if isinstance(value, dict):
+        properties: Json = schema.get("properties") or {}
+        required = schema.get("required", ())
+        items = cast("dict[str, Any]", value).items()
+        return {k: _restored(v, properties.get(k, _TEXT)) for k, v in items if v is not None or k in required}
+    if isinstance(value, list):
+        return [_restored(item, schema.get("items") or {}) for item in cast("list[Any]", value)]
+    return value
+
+
+def _fits(value: Any, schema: Json) -> bool:
+    """Whether a value may come from this branch of a choice."""
+    if isinstance(value, dict):
+        return set(cast("dict[str, Any]", value)) <= set(schema.get("properties", ()))
+    if isinstance(value, list):
+        return schema.get("type") == "array"
+    return isinstance(value, str) and (_is_free(schema) or schema.get("type") == "string")
+
+
+def _is_free(schema: Json) -> bool:
+    """Whether a schema allows objects or values that no strict schema can list."""
+    if schema.get("properties"):
+        return False
+    kind = schema.get("type")
+    return (kind == "object" and schema.get("additionalProperties") is not False and "properties" not in schema) or (
+        kind is None and not any(key in schema for key in ("properties", "anyOf", "oneOf", "allOf", "enum", "const"))
+    )
+
+
+def _function(tool: Any) -> dict[str, Any]:
+    converted: dict[str, Any] = convert_to_openai_tool(tool)
+    if "function" not in converted:
+        raise ConfigError(
+            f"action_format='json' needs tools with a schema; found {converted.get('type')!r}, which the provider runs "
+            "itself; leave it out, or use action_format='native'"
+        )
+    return converted["function"]
+
+
+def _read(text: str) -> tuple[str, Json]:
+    """Thought and action of an answer."""
+    try:
+        data = json.loads(text, strict=False)
+        action = data["action"]
+        if "final_answer" in action or isinstance(action["tool"], str):
+            return str(data.get("thought") or ""), action
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ActionError(
+        f"the JSON action that response_format asks for is needed; found {text!r:.120}; does this server support "
+        "response_format json_schema? if not, use action_format='native' with a server that measures tool calls"
+    )
+
+
+def _written(message: AIMessage) -> str:
+    """A message of the model as it would write it in JSON; several calls become several lines."""
+    if not message.tool_calls:
+        thought = message.additional_kwargs.get(THOUGHT_KEY, "")
+        return _dump(thought, {"final_answer": message.text})
+    calls = [{"tool": call["name"], "arguments": call["args"]} for call in message.tool_calls]
+    return "\n".join(_dump("" if i else message.text, call) for i, call in enumerate(calls))
+
+
+def _dump(thought: str, action: Json) -> str:
+    return json.dumps({"thought": thought, "action": action}, ensure_ascii=False)
+
+
+def _with_result(results: BaseMessage | None, result: ToolMessage) -> HumanMessage:
+    """What a tool gave as the user's words, after the results that came right before."""
+    head = f"{'Error' if result.status == 'error' else 'Result'} of {result.name or 'the tool'}:"
+    before: Any = None if results is None else results.content
+    if isinstance(result.content, str) and not isinstance(before, list):
+        return HumanMessage("\n".join(filter(None, (before, f"{head} {result.content}"))))
+    blocks = [*_blocks(before or ""), *_blocks(head), *_blocks(result.content)]
+    return HumanMessage(content=blocks)
+
+
+def _blocks(content: Any) -> list[Any]:
+    parts = [content] if isinstance(content, str) else content
+    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts if part]
+
+
+def _without(schema: Json, key: str) -> dict[str, Any]:
+    return {name: value for name, value in schema.items() if name != key}

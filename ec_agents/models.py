@@ -1,0 +1,180 @@
+"""The copy of a chat model that candidates are drawn from.
+
+It neither streams nor caches, and keeps its log-probabilities to itself: what a caller, a tracer or a stream gets to
+see of a response is the message with its packed token signals, 16 bytes a token instead of some 2 kB.
+"""
+
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, wraps
+from operator import is_
+from typing import Any, cast
+
+from langchain_core.callbacks import BaseCallbackManager, Callbacks
+from langchain_core.language_models import BaseChatModel
+from langchain_core.outputs import ChatResult, LLMResult
+from langchain_core.runnables import RunnableBinding, RunnableConfig
+from langchain_core.runnables.config import ensure_config
+from langchain_core.tracers._streaming import _StreamingCallbackHandler
+from langgraph.constants import TAG_NOSTREAM
+
+from ec_agents.candidates import TokenSignals
+from ec_agents.errors import ConfigError, UnsupportedLogprobs
+from ec_agents.logprobs import pack_logprobs, token_signals
+
+SIGNALS_KEY = "ec_signals"
+"""Where ``response_metadata`` holds the packed signals, or why there are none."""
+
+_LOGPROBS_REFUSED = "unexpected keyword argument 'logprobs'"
+
+
+def silent_model(model: object) -> tuple[BaseChatModel, dict[str, Any], RunnableConfig]:
+    """The copy of the model to draw from, and what was bound to the model: arguments and configuration.
+
+    Streaming loses the log-probabilities of tool calls on several servers; a cache would give N equal candidates.
+
+    Args:
+        model: A chat model, a binding of one, or one that ``init_chat_model`` left configurable.
+
+    Raises:
+        ConfigError: It is no chat model.
+    """
+    bound: dict[str, Any] = {}
+    config: RunnableConfig = {}
+    found = model
+    while not isinstance(found, BaseChatModel):
+        resolve = getattr(found, "_model", None)
+        if isinstance(found, RunnableBinding):
+            binding = cast("RunnableBinding[Any, Any]", found)
+            config = cast("RunnableConfig", {**binding.config, **config})
+            bound, found = {**binding.kwargs, **bound}, binding.bound
+        elif callable(resolve):
+            found = resolve(ensure_config())
+        else:
+            name = type(found).__name__
+            raise ConfigError(f"model must be a LangChain BaseChatModel, or one with .bind(); found {name}")
+    hidden = list(dict.fromkeys([*(found.tags or []), TAG_NOSTREAM]))
+    copy = found.model_copy(update={"tags": hidden, "disable_streaming": True, "cache": False})
+    object.__setattr__(copy, "__class__", _silent(type(found)))
+    return copy, bound, config
+
+
+def packed_signals(logprobs: Any) -> dict[str, Any]:
+    """The packed form of log-probabilities (``pack_logprobs``) as JSON, which callbacks may want to write down."""
+    packed = pack_logprobs(lambda: token_signals(logprobs))
+    return {**packed, "packed": b64encode(packed["packed"]).decode()} if "packed" in packed else packed
+
+
+def unpacked_signals(found: Mapping[str, Any]) -> TokenSignals:
+    """Undo ``packed_signals``.
+
+    Raises:
+        LogprobsError: There are none; the text says why.
+    """
+    return token_signals({**found, "packed": b64decode(found["packed"])} if "packed" in found else found)
+
+
+def is_stream(handler: object) -> bool:
+    """Whether a callback handler feeds a stream of messages or events, as opposed to a tracer."""
+    return isinstance(handler, _StreamingCallbackHandler)
+
+
+@cache
+def _silent(cls: type[BaseChatModel]) -> type[BaseChatModel]:
+    """The class of the copies: that of the model, with responses measured before any callback sees them."""
+    if "_ec_silent" in vars(cls):
+        return cls
+    base: Any = cls
+    generate_one, agenerate_one = base._generate, base._agenerate  # noqa: SLF001 - a subclass overrides them
+
+    @wraps(generate_one)
+    def _generate(self: Any, *args: Any, **kwargs: Any) -> ChatResult:
+        try:
+            return _measured(generate_one(self, *args, **kwargs))
+        except TypeError as error:
+            _explain(error)
+            raise
+
+    @wraps(agenerate_one)
+    async def _agenerate(self: Any, *args: Any, **kwargs: Any) -> ChatResult:
+        try:
+            return _measured(await agenerate_one(self, *args, **kwargs))
+        except TypeError as error:
+            _explain(error)
+            raise
+
+    @wraps(base.generate)
+    def generate(self: Any, messages: Any, stop: Any = None, callbacks: Callbacks = None, **kwargs: Any) -> LLMResult:
+        return base.generate(self, messages, stop, _without_streams(callbacks), **kwargs)
+
+    @wraps(base.agenerate)
+    async def agenerate(
+        self: Any, messages: Any, stop: Any = None, callbacks: Callbacks = None, **kwargs: Any
+    ) -> LLMResult:
+        return await base.agenerate(self, messages, stop, _without_streams(callbacks), **kwargs)
+
+    @wraps(base.bind_tools)
+    def bind_tools(self: Any, tools: Sequence[Any], **kwargs: Any) -> Any:
+        return _bound_once(self, base.bind_tools, tools, kwargs)
+
+    methods = {
+        "_generate": _generate,
+        "_agenerate": _agenerate,
+        "generate": generate,
+        "agenerate": agenerate,
+        "bind_tools": bind_tools,
+    }
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    made: Any = type(cls)  # pydantic's metaclass
+    return made(cls.__name__, (cls,), {**methods, **names, "_ec_silent": True})
+
+
+def _bound_once(model: Any, bind: Callable[..., Any], tools: Sequence[Any], options: dict[str, Any]) -> Any:
+    """The model with its tools. N calls of a step bind the same ones, which costs more than the rest of a call."""
+    made: list[tuple[Sequence[Any], dict[str, Any], Any]] = model.__dict__.setdefault("_ec_bound", [])
+    for same, given, found in made:
+        # A copy of the model has the list of the original.
+        if found.bound is model and len(same) == len(tools) and all(map(is_, same, tools)) and given == options:
+            return found
+    bound = bind(model, tools, **options)
+    if isinstance(bound, RunnableBinding):
+        made.append((list(tools), options, cast("Any", bound)))
+    return cast("Any", bound)
+
+
+def _measured(result: ChatResult) -> ChatResult:
+    """The result with the signals of each generation in place of its log-probabilities."""
+    for generation in result.generations:
+        message = generation.message
+        info = generation.generation_info or {}
+        metadata: dict[str, Any] = message.response_metadata
+        if SIGNALS_KEY in metadata:
+            continue
+        found = packed_signals(metadata.get("logprobs") or info.get("logprobs"))
+        message.response_metadata = {**_rest(metadata), SIGNALS_KEY: found}
+        if "logprobs" in info:
+            generation.generation_info = _rest(info)
+    return result
+
+
+def _rest(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metadata.items() if key != "logprobs"}
+
+
+def _explain(error: TypeError) -> None:
+    """Raise what to do instead, if the error says that the client cannot ask for log-probabilities."""
+    if _LOGPROBS_REFUSED in str(error):
+        raise UnsupportedLogprobs(
+            "this model's client takes no logprobs. ChatOpenAI is one such while it uses the Responses API, as it does "
+            "with reasoning=, include= and, for some models, tools: pass use_responses_api=False"
+        ) from error
+
+
+def _without_streams(callbacks: Callbacks) -> Callbacks:
+    """The callbacks that may see every candidate: tracers and counters, but no stream that a user looks at."""
+    if isinstance(callbacks, BaseCallbackManager):
+        quiet = callbacks.copy()
+        for handler in filter(is_stream, callbacks.handlers):
+            quiet.remove_handler(handler)
+        return quiet
+    return [handler for handler in callbacks or () if not is_stream(handler)]

@@ -1,0 +1,340 @@
+"""Stage 2 - know: what a server can return; refuse early what cannot work.
+
+The table, ``providers.toml``, is a prior. The first response of each endpoint, with and without tools, is verified, and
+the verdict is remembered.
+"""
+
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, cast
+from urllib.parse import urlsplit
+
+import msgspec
+import numpy as np
+
+from ec_agents.candidates import Candidate
+from ec_agents.entropy import MASKED
+from ec_agents.errors import UnsupportedLogprobs
+
+Covered = Literal["all", "partial", "none", "unknown"]
+
+_WITHOUT = "or pass top_logprobs=None to sample without measuring"
+_ENOUGH_COVERED = 0.9
+_CERTAIN = 1e-6
+"""Nats; the entropy of a token whose alternatives are all impossible is at most this."""
+_BELIEVED = 600.0
+"""Seconds."""
+_MANY = 20
+"""Tokens; fewer say nothing about a distribution."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What one provider or server does with a request for log-probabilities."""
+
+    provider: str
+    """Key of the provider: ``openai``, ``vllm``, …"""
+    name: str
+    """Its name in messages."""
+    models: str = ""
+    """Regular expression that the model's name starts with."""
+    status: Literal["supported", "ignored", "rejected", "unknown"]
+    """``ignored``: nothing comes back, without an error."""
+    k_max: int | None = None
+    """Most alternatives; 0: the drawn token only; None: set by the server."""
+    n_max: int | None = None
+    """Most candidates in one request; None: set by the server."""
+    tool_tokens: Literal["all", "none", "unknown"] = "unknown"
+    """Whether the tokens of tool calls are covered."""
+    reasoning_tokens: Literal["merged", "separate", "none", "unknown"] = "unknown"
+    """Whether the tokens of reasoning are covered, among the others or in a field of their own."""
+    distribution: Literal["raw", "temperature", "top_p", "server", "unknown"] = "unknown"
+    """What the numbers describe: the model, or what is left after temperature or top-p; ``server``: its option."""
+    sentinel: float | None = None
+    """Stands for "impossible" or "unknown"."""
+    json_schema: Literal["yes", "no", "unknown"] = "unknown"
+    """Whether ``response_format`` takes a JSON schema."""
+    must: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Parameters that have to be set so."""
+    may_only: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Parameters that, if set, have to be set so."""
+    limitation: str
+    """What does not work, in words."""
+    remedy: str
+    """What to do about it."""
+    confidence: Literal["high", "medium", "low"]
+    """How sure the row is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where a model is served."""
+
+    provider: str
+    """Key of the provider; ``""`` if it is not known."""
+    base_url: str
+    """Base URL, or the provider's key where the client has its own."""
+    model: str
+    """Name of the model."""
+
+    @property
+    def capabilities(self) -> Capabilities | None:
+        """What the table says, if it says anything."""
+        return capabilities(self.provider, self.model)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the first responses of an endpoint showed."""
+
+    usable: bool
+    """Whether there is anything to measure."""
+    coverage: float | None
+    """Least share of the reported output tokens that has log-probabilities; None if no usage is reported."""
+    n_alternatives: int
+    """Most alternatives of a token."""
+    tool_tokens: Covered
+    """Whether the tokens of tool calls are covered."""
+    problems: Mapping[str, str]
+    """Name of each problem → what was found: ``missing``, ``alternatives``, ``coverage``, ``sentinels``, ``sums``,
+    ``identical``, ``degenerate``."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    hosts: Mapping[str, str]
+    classes: Mapping[str, str]
+    row: tuple[Capabilities, ...]
+
+
+@cache
+def table() -> _Table:
+    """The table: ``row``, and which ``hosts`` and LangChain ``classes`` belong to which provider."""
+    return msgspec.toml.decode(Path(__file__).with_suffix(".toml").read_bytes(), type=_Table)
+
+
+def capabilities(provider: str, model: str = "") -> Capabilities | None:
+    """The first row of the provider that fits the model; a maker's prefix like ``openai/`` does not matter."""
+    name = model.lower().rsplit("/", 1)[-1]
+    return next((row for row in table().row if row.provider == provider and re.match(row.models, name)), None)
+
+
+def provider_of(base_url: str) -> str:
+    """Key of the provider that serves a base URL; ``""`` if it is not known."""
+    try:
+        parts = urlsplit(base_url if "//" in base_url else f"//{base_url}")
+        host, port = f".{parts.hostname or ''}", f":{parts.port}"
+    except ValueError:
+        return ""
+    known = table().hosts
+    return next((name for suffix, name in known.items() if host.endswith(f".{suffix}")), known.get(port, ""))
+
+
+def endpoint_of(model: object) -> Endpoint | None:
+    """Where a LangChain chat model sends its requests; None if it does not say.
+
+    Looks at the name of its class and at its attributes, so that no integration has to be installed.
+    """
+    by_class = next((p for kind in type(model).__mro__ if (p := table().classes.get(kind.__name__))), "")
+    urls = _texts(model, "openai_api_base", "azure_endpoint", "base_url", "api_base", "endpoint_url")
+    client = getattr(model, "root_client", None)
+    base_url = next(iter([*urls, *_texts(client, "base_url")]), by_class)
+    if not base_url:
+        return None
+    name = next(iter(_texts(model, "model_name", "model", "model_id", "deployment_name")), "")
+    return Endpoint(provider=by_class or provider_of(base_url), base_url=base_url.rstrip("/"), model=name)
+
+
+def refuse_unsupported(
+    endpoint: Endpoint, *, top_logprobs: int, tools: bool, options: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Stop a request whose response could not be measured before it is sent.
+
+    Args:
+        endpoint: Where it would go.
+        top_logprobs: Alternatives that it would ask for.
+        tools: Whether it would carry tools, so that the answer may be a tool call.
+        options: Its other parameters.
+
+    Raises:
+        UnsupportedLogprobs: It cannot work; the message names the limitation and the remedy.
+    """
+    known, verdict = endpoint.capabilities, verdict_on(endpoint, tools=tools)
+    if verdict is not None:
+        _refuse_by_verdict(endpoint, verdict, tools=tools)
+    if known is None:
+        return
+    if verdict is None and known.status in ("rejected", "ignored"):
+        raise _unsupported(endpoint, known.limitation)
+    if verdict is None and tools and known.tool_tokens == "none":
+        raise _unsupported(endpoint, known.limitation)
+    if known.k_max == 0:
+        raise _unsupported(endpoint, known.limitation)
+    if known.k_max is not None and top_logprobs > known.k_max:
+        raise _unsupported(endpoint, f"at most {known.k_max} alternatives, and {top_logprobs} are asked for")
+    for name, needed in {**known.must, **known.may_only}.items():
+        found = options.get(name)
+        if found != needed and (found is not None or name in known.must):
+            raise _unsupported(endpoint, f"{name}={needed!r} is needed; found {found!r}; {known.limitation}")
+
+
+def verify(candidates: Sequence[Candidate], payloads: Iterable[object] = (), *, top_logprobs: int) -> Verdict | None:
+    """What responses show about their endpoint; None if they show nothing: empty, refused, or cut off at once.
+
+    Args:
+        candidates: Responses of one endpoint, to the same request.
+        payloads: Their ``logprobs`` in OpenAI's form, where still at hand.
+        top_logprobs: Alternatives that were asked for.
+    """
+    telling = [c for c in candidates if (c.content or c.tool_calls) and "refused" not in c.flaws]
+    if not telling:
+        return None
+    k = max((c.signals.n_alternatives for c in telling if c.signals), default=0)
+    measured = [c for c in telling if c.signals]
+    coverages = [share for c in telling if (share := _coverage(c)) is not None]
+    found = {
+        "missing": None if len(measured) == len(telling) else _missing(telling),
+        "alternatives": f"{k} alternatives a token, {top_logprobs} were asked for" if 0 < k < top_logprobs else None,
+        "coverage": _too_little(min(coverages, default=1)) if measured else None,
+        "identical": _identical(telling),
+        "degenerate": _degenerate(measured),
+        **_numbers(payloads),
+    }
+    return Verdict(
+        usable=k > 1,
+        coverage=min(coverages, default=None),
+        n_alternatives=k,
+        tool_tokens=_tool_tokens(telling),
+        problems={name: text for name, text in found.items() if text},
+    )
+
+
+_verdicts: dict[tuple[str, str, bool], tuple[Verdict, float]] = {}
+
+
+def verdict_on(endpoint: Endpoint, *, tools: bool) -> Verdict | None:
+    """What was found about an endpoint, with or without tools, if it was looked at.
+
+    That nothing could be measured is believed for ten minutes: a proxy may have gone to another server for once. That
+    tool calls carry nothing is believed for good.
+    """
+    verdict, since = _verdicts.get((endpoint.base_url, endpoint.model, tools), (None, 0.0))
+    lasting = verdict is None or verdict.usable or (tools and verdict.tool_tokens == "none")
+    return verdict if lasting or time.monotonic() - since < _BELIEVED else None
+
+
+def remember(endpoint: Endpoint, verdict: Verdict, *, tools: bool) -> None:
+    """Keep a verdict."""
+    _verdicts[endpoint.base_url, endpoint.model, tools] = verdict, time.monotonic()
+
+
+def forget_verdicts() -> None:
+    """Forget every verdict: after a server was repaired, or between tests."""
+    _verdicts.clear()
+
+
+def complaint(endpoint: Endpoint, verdict: Verdict, *, tools: bool) -> str | None:
+    """Why the responses of an endpoint cannot be measured, with the remedy; None if they can."""
+    if tools and verdict.tool_tokens == "none":
+        found = f"its tool calls carry no log-probabilities ({verdict.problems.get('missing', '')})"
+    elif not verdict.usable:
+        found = verdict.problems.get("missing") or "it gives no alternatives, the drawn token only"
+    else:
+        return None
+    known = endpoint.capabilities
+    remedy = f"{known.limitation}: {known.remedy}" if known else "serve the model with vLLM, SGLang or llama-server"
+    if tools and verdict.tool_tokens == "none" and "json" not in remedy:
+        remedy = f"use action_format='json', or {remedy}"
+    return f"{endpoint.model or 'the model'} at {endpoint.base_url}: {found}; {remedy}; {_WITHOUT}"
+
+
+def _refuse_by_verdict(endpoint: Endpoint, verdict: Verdict, *, tools: bool) -> None:
+    found = complaint(endpoint, verdict, tools=tools)
+    if found is not None:
+        raise UnsupportedLogprobs(f"an earlier response showed: {found}")
+
+
+def _unsupported(endpoint: Endpoint, found: str) -> UnsupportedLogprobs:
+    known = cast("Capabilities", endpoint.capabilities)
+    model = f" ({endpoint.model})" if endpoint.model else ""
+    return UnsupportedLogprobs(f"{known.name}{model}: {found}; {known.remedy}; {_WITHOUT}")
+
+
+def _coverage(candidate: Candidate) -> float | None:
+    """Share of the reported output tokens that has log-probabilities; the end-of-text token may lack."""
+    tokens = (candidate.usage or {}).get("output_tokens", 0)
+    if not tokens or candidate.signals is None:
+        return None
+    return min((candidate.signals.n_tokens + 1) / tokens, 1.0)
+
+
+def _missing(candidates: Sequence[Candidate]) -> str:
+    without = [c for c in candidates if c.signals is None]
+    calls = sum(bool(c.tool_calls) for c in without)
+    what = f"{len(without)} of {len(candidates)} responses without log-probabilities"
+    return f"{what}, {calls} of them tool calls" if calls else what
+
+
+def _too_little(coverage: float) -> str | None:
+    if coverage >= _ENOUGH_COVERED:
+        return None
+    return f"only {coverage:.0%} of the output tokens have log-probabilities: tool calls or reasoning are left out"
+
+
+def _tool_tokens(candidates: Sequence[Candidate]) -> Covered:
+    calls = [c for c in candidates if c.tool_calls]
+    if not calls:
+        return "unknown"
+    measured = [c for c in calls if c.signals]
+    if not measured:
+        return "none"
+    whole = len(measured) == len(calls) and min(_coverage(c) or 1 for c in calls) >= _ENOUGH_COVERED
+    return "all" if whole else "partial"
+
+
+def _identical(candidates: Sequence[Candidate]) -> str | None:
+    """Many tokens in several responses and not one of them different: something fixes the seed."""
+    signals = [c.signals for c in candidates if c.signals]
+    texts = {(c.content, str(c.tool_calls and [(t["name"], t["args"]) for t in c.tool_calls])) for c in candidates}
+    if len(candidates) < 2 or len(texts) > 1 or min((s.n_tokens for s in signals), default=0) < _MANY:
+        return None
+    if any(np.nanmean(np.exp(s.logprobs)) > 0.99 for s in signals):
+        return None
+    return f"{len(candidates)} responses are the same: a fixed seed, a cache, or a temperature near 0"
+
+
+def _degenerate(candidates: Sequence[Candidate]) -> str | None:
+    entropies = np.concatenate([c.signals.entropies for c in candidates if c.signals] or [np.empty(0)])
+    certain = np.count_nonzero(entropies <= _CERTAIN)
+    if len(entropies) < _MANY or certain < 0.95 * len(entropies):
+        return None
+    return f"{certain} of {len(entropies)} tokens have entropy 0: is it temperature 0, top-p, or a grammar?"
+
+
+def _numbers(payloads: Iterable[object]) -> dict[str, str | None]:
+    """What is odd about the numbers as they came: stand-ins for missing ones, and probabilities that exceed 1."""
+    tokens, sentinels, above = 0, 0, 0.0
+    for entry in (entry for payload in payloads for entry in _entries(payload)):
+        values = [v for a in entry.get("top_logprobs") or () if isinstance(v := a.get("logprob"), int | float)]
+        tokens += 1
+        sentinels += entry.get("logprob") is None or not entry["logprob"] > MASKED
+        above = max(above, float(np.exp(np.array(values, dtype=np.float64)).sum()))
+    return {
+        "sentinels": f"{sentinels} of {tokens} drawn tokens have no number of their own" if sentinels else None,
+        "sums": f"the alternatives of a token have a total probability of {above:.3g}" if above > 1.01 else None,
+    }
+
+
+def _entries(payload: object) -> Sequence[Mapping[str, Any]]:
+    content = cast("Mapping[str, Any]", payload).get("content") if isinstance(payload, Mapping) else None
+    return cast("Sequence[Mapping[str, Any]]", content) if isinstance(content, list) else ()
+
+
+def _texts(owner: object, *names: str) -> list[str]:
+    """The attributes that are there and not empty, as text."""
+    return [str(value) for name in names if (value := getattr(owner, name, None))]

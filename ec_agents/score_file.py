@@ -1,0 +1,151 @@
+"""What ``ec-agents score`` does: every candidate of a file under any scorers, as rows, streamed."""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TextIO
+
+from ec_agents.candidates import Candidate, Selection, Step
+from ec_agents.errors import ConfigError, SelectionError
+from ec_agents.scoring import scorer_named
+from ec_agents.selection import Selector
+from ec_agents.trace import read_steps
+
+DEFAULT_SCORERS = ("centroid", "centroid-short", "standardized-centroid", "mean-entropy", "mean-logprob")
+FORMS = ("table", "csv", "jsonl")
+LEADING = ("run", "step", "candidate", "chosen", "tokens")
+TRAILING = ("margin_sd", "above_noise", "flaws")
+
+Row = Mapping[str, Any]
+
+
+def score_rows(
+    path: str | Path, names: Sequence[str] = DEFAULT_SCORERS, *, group_by: str | None = None
+) -> Iterator[Row]:
+    """One row for each candidate of a file, in order; one run at a time is in memory.
+
+    A row has ``run``, ``step``, ``candidate``, ``chosen`` (by the first scorer), ``tokens``, the score of each scorer,
+    and for the chosen candidate ``margin_sd`` and ``above_noise``; ``flaws`` names what is wrong with a candidate. None
+    stands for what does not exist. Where the first scorer can score no candidate, none is chosen. A failed response
+    is a row whose ``flaws`` say what happened.
+
+    Args:
+        path: Whatever ``read_trajectories`` reads.
+        names: Names in ``SCORERS``; the first one chooses.
+        group_by: See ``read_trajectories``.
+
+    Raises:
+        ConfigError: A scorer is unknown, or none is given.
+        TraceError: The file cannot be read.
+    """
+    if not names:
+        raise ConfigError("the name of at least one scorer is needed")
+    selectors = {name: Selector(scorer=scorer_named(name), fallback="raise") for name in names}
+    return (row for step in read_steps(path, group_by=group_by) for row in _step_rows(step, selectors))
+
+
+def columns(names: Sequence[str]) -> list[str]:
+    """The columns of the rows, in order."""
+    return [*LEADING, *names, *TRAILING]
+
+
+def write_rows(rows: Iterable[Row], names: Sequence[str], out: TextIO, form: str) -> int:
+    """Write the rows as they come: as ``table`` for people, as ``csv`` or ``jsonl`` for programs.
+
+    Returns:
+        How many there were.
+
+    Raises:
+        ConfigError: Another form is asked for.
+    """
+    if form not in FORMS:
+        raise ConfigError(f"rows can be written as {', '.join(FORMS)}; found {form!r}")
+    header = columns(names)
+    writer = csv.writer(out, lineterminator="\n")
+    if form == "csv":
+        writer.writerow(header)
+    elif form == "table":
+        out.write(_line(header, header))
+    count = 0
+    for row in rows:
+        count += 1
+        if form == "csv":
+            writer.writerow([row[name] for name in header])
+        elif form == "table":
+            out.write(_line([_cell(row[name]) for name in header], header))
+        else:
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return count
+
+
+def write_file(path: Path, rows: Iterator[Row], names: Sequence[str]) -> int:
+    """Write the rows to a ``.csv`` or ``.jsonl`` file, which is not touched if there is nothing to write.
+
+    Returns:
+        How many rows there were.
+
+    Raises:
+        ConfigError: The name of the file has another ending.
+    """
+    form = path.suffix.lstrip(".")
+    if form not in {"csv", "jsonl"}:
+        raise ConfigError(f"rows can be written to a .csv or .jsonl file; found {path.name!r}")
+    first = list(islice(rows, 1))
+    with path.open("w", encoding="utf-8", newline="") as out:
+        return write_rows(chain(first, rows), names, out, form)
+
+
+def _cell(value: Any) -> str:
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:.4g}"
+        case _:
+            return "".join(character if character.isprintable() else "�" for character in str(value))
+
+
+def _line(cells: Sequence[str], header: Sequence[str]) -> str:
+    """One line of the table; the last column, which may be long, is not padded."""
+    widths = [max(len(name), 9) for name in header[:-1]]
+    padded = [f"{cell:{width}.{width}}" for cell, width in zip(cells[:-1], widths, strict=True)]
+    return f"{' '.join(padded)} {cells[-1]:.80}".rstrip() + "\n"
+
+
+def _step_rows(step: Step, selectors: Mapping[str, Selector]) -> Iterator[Row]:
+    selections = {name: _selection(selector, step.candidates) for name, selector in selectors.items()}
+    first = next(iter(selections.values()))
+    for candidate in step.candidates:
+        scores = {name: None if s is None else s.scores[candidate.index] for name, s in selections.items()}
+        yield _row(step, candidate, first, scores)
+    blank = dict.fromkeys(columns(list(selectors)))
+    for index, text in step.failures.items():
+        yield {**blank, "run": step.run, "step": step.number, "candidate": index, "chosen": False, "flaws": text}
+
+
+def _selection(selector: Selector, candidates: Sequence[Candidate]) -> Selection | None:
+    """The choice; None if no candidate can be scored."""
+    try:
+        return selector(candidates) if candidates else None
+    except SelectionError:
+        return None
+
+
+def _row(step: Step, candidate: Candidate, first: Selection | None, scores: Mapping[str, float | None]) -> Row:
+    is_chosen = first is not None and candidate.index == first.chosen
+    flaws = candidate.flaws or {"no_signal": ""} if first is None else first.flaws.get(candidate.index, {})
+    return {
+        "run": step.run,
+        "step": step.number,
+        "candidate": candidate.index,
+        "chosen": is_chosen,
+        "tokens": None if candidate.signals is None else candidate.signals.n_tokens,
+        **scores,
+        "margin_sd": first.margin_sd if first is not None and is_chosen else None,
+        "above_noise": first.above_noise if first is not None and is_chosen else None,
+        "flaws": " ".join(flaws),
+    }

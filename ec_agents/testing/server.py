@@ -1,0 +1,409 @@
+"""A local OpenAI-compatible server that can fail in every way that real ones do."""
+
+import asyncio
+import json
+import math
+import random
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from itertools import count, cycle
+from types import MappingProxyType, TracebackType
+from typing import Any, Self, cast
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, UsageMetadata, convert_to_messages, convert_to_openai_messages
+
+from ec_agents.errors import ConfigError
+from ec_agents.testing.scripted import Reply
+
+Json = dict[str, Any]
+
+BIG_BODY = 20_000_000
+"""Bytes of the ``big_body`` fault, at least."""
+SENTINEL = -9999.0
+
+_HELLO = Reply(content="hello")
+
+
+def _same(data: Any) -> Any:
+    return data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One way to answer badly: when, with which status, and with what in place of the response."""
+
+    about: str
+    """What goes wrong."""
+    delay: float = 0.0
+    """Seconds before anything is sent; ``math.inf`` never answers."""
+    jitter: float = 0.0
+    """Most seconds added to the delay, drawn uniformly."""
+    status: int = 200
+    """HTTP status; from 400 on, an error in OpenAI's form takes the place of the response."""
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Headers besides the usual ones."""
+    content_type: str = "application/json"
+    """What the body is said to be."""
+    payload: Callable[[Json], Any] = _same
+    """Changes the response before it becomes JSON."""
+    body: Callable[[bytes], bytes] = _same
+    """Changes the bytes of the body."""
+    sent: float = 1.0
+    """Share of the body that is sent before the connection breaks off."""
+
+
+class FaultServer:
+    """An OpenAI-compatible server on 127.0.0.1, in a thread of its own: ``/v1/chat/completions`` and ``/v1/models``.
+
+    Log-probabilities come only if they are asked for, and as many alternatives as are asked for.
+
+    Args:
+        source: What it answers: replies of a script in turn, again and again; a chat model, for example
+            ``EmbeddedChatModel()``; one response as it is; or a function from request to response.
+        faults: Which fault each request meets, in the order in which requests arrive, again and again: a name in
+            ``FAULTS``, a ``Fault``, or None. With ``n`` > 1 a fault meets all choices.
+        latency: Seconds before every answer.
+
+    Raises:
+        ConfigError: There is no fault of that name, or no reply.
+        ImportError: aiohttp, the extra ``testing``, is not installed.
+
+    Example:
+        >>> import openai
+        >>> from ec_agents.testing import FaultServer, Reply
+        >>> with FaultServer([Reply(content="hello")], faults=["status_503", None]) as server:
+        ...     with openai.OpenAI(base_url=server.base_url, api_key="none") as client:
+        ...         answer = client.chat.completions.create(model="any", messages=[{"role": "user", "content": "hi"}])
+        >>> answer.choices[0].message.content, len(server.requests)
+        ('hello', 2)
+    """
+
+    def __init__(
+        self,
+        source: Sequence[Reply] | BaseChatModel | Mapping[str, Any] | Callable[[Json], Any] = (_HELLO,),
+        *,
+        faults: Sequence[str | Fault | None] = (),
+        latency: float = 0.0,
+    ) -> None:
+        self.requests: list[Json] = []
+        """Bodies of the requests so far, in the order in which they arrived."""
+        self.headers: list[dict[str, str]] = []
+        """Their headers, names in lower case."""
+        self.abandoned = 0
+        """How many requests were given up by the client before they were answered."""
+        self.in_flight = 0
+        """Requests that are being answered now."""
+        self._web: Any = _aiohttp_web()
+        self._runner: Any = None
+        self._complete = _source(source)
+        self._faults = [_fault(fault) for fault in faults] or [None]
+        self._latency = latency
+        self._ids = count()
+        self._rng = random.Random(0)
+        self._started: Future[None] = Future()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="ec_agents-server", daemon=True)
+
+    @property
+    def base_url(self) -> str:
+        """What to give a client as base URL."""
+        return f"http://127.0.0.1:{self._runner.addresses[0][1]}/v1"
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open now."""
+        return len(self._runner.server.connections)
+
+    def __enter__(self) -> Self:
+        """Start; returns once requests are answered."""
+        self._thread.start()
+        self._started.result()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop; what is still being answered is broken off."""
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        web = self._web
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_get("/v1/models", self._models)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.0, access_log=None)
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, "127.0.0.1", 0, backlog=1024).start()
+        except BaseException as error:
+            self._started.set_exception(error)
+            raise
+        self._started.set_result(None)
+        await self._stop.wait()
+        await self._runner.cleanup()
+
+    async def _models(self, _: Any) -> Any:
+        return self._web.json_response({"object": "list", "data": [{"id": "any", "object": "model"}]})
+
+    async def _chat(self, request: Any) -> Any:
+        asked: Json = await request.json()
+        self.requests.append(asked)
+        self.headers.append({name.lower(): value for name, value in request.headers.items()})
+        fault = self._faults[next(self._ids) % len(self._faults)]
+        self.in_flight += 1
+        try:
+            return await self._respond(request, asked, fault)
+        except asyncio.CancelledError:
+            self.abandoned += not self._stop.is_set()
+            raise
+        finally:
+            self.in_flight -= 1
+
+    async def _respond(self, request: Any, asked: Json, fault: Fault | None) -> Any:
+        fault = fault or _NONE
+        if math.isinf(fault.delay):
+            await asyncio.Event().wait()
+        await asyncio.sleep(self._latency + fault.delay + fault.jitter * self._rng.random())
+        if fault.status >= 400:
+            return await self._send(request, _error(fault.status, fault.about), fault)
+        try:
+            payload = await self._complete(asked)
+        except Exception as error:  # noqa: BLE001 - a server answers with what went wrong
+            status = 400 if isinstance(error, ValueError) else 500
+            return await self._send(request, _error(status, str(error)), replace(_NONE, status=status))
+        return await self._send(request, payload if fault.payload is _same else deepcopy(payload), fault)
+
+    async def _send(self, request: Any, payload: Any, fault: Fault) -> Any:
+        body = fault.body(json.dumps(fault.payload(payload), separators=(",", ":")).encode())
+        if fault.sent < 1.0:
+            return await self._break_off(request, body, fault)
+        options = {"status": fault.status, "content_type": fault.content_type, "headers": fault.headers}
+        return self._web.Response(body=body, **options)
+
+    async def _break_off(self, request: Any, body: bytes, fault: Fault) -> Any:
+        response = self._web.StreamResponse(headers={"Content-Type": fault.content_type})
+        response.content_length = len(body)
+        await response.prepare(request)
+        await response.write(body[: int(len(body) * fault.sent)])
+        request.transport.close()
+        return response
+
+
+def _error(status: int, message: str) -> Json:
+    return {"error": {"message": message, "type": "server_error", "code": status}}
+
+
+def _aiohttp_web() -> Any:
+    try:
+        from aiohttp import web  # noqa: PLC0415 - an optional extra
+    except ImportError as error:
+        raise ImportError("FaultServer needs aiohttp: pip install 'ec-agents[testing]'") from error
+    return web
+
+
+def _source(source: Any) -> Callable[[Json], Awaitable[Any]]:
+    """What answers a request, from any of the forms that a user may give."""
+    if isinstance(source, BaseChatModel):
+        return _from_model(source)
+    if isinstance(source, Mapping):
+        canned = cast("Json", source)
+        return _from_function(lambda _: canned)
+    if callable(source):
+        return _from_function(source)
+    if not source:
+        raise ConfigError("the script of the server must have a reply; found none")
+    script = cycle(source)
+    return _from_messages(lambda _: _play(next(script)))
+
+
+def _fault(fault: str | Fault | None) -> Fault | None:
+    if not isinstance(fault, str):
+        return fault
+    if fault not in FAULTS:
+        raise ConfigError(f"there is no fault {fault!r}; known: {', '.join(FAULTS)}")
+    return FAULTS[fault]
+
+
+def _from_function(answer: Callable[[Json], Any]) -> Callable[[Json], Awaitable[Any]]:
+    async def complete(asked: Json) -> Any:
+        return answer(asked)
+
+    return complete
+
+
+def _from_messages(draw: Callable[[Json], Awaitable[AIMessage]]) -> Callable[[Json], Awaitable[Any]]:
+    async def complete(asked: Json) -> Any:
+        messages = await asyncio.gather(*[draw(asked) for _ in range(asked.get("n") or 1)])
+        return completion(messages, asked)
+
+    return complete
+
+
+def _from_model(model: BaseChatModel) -> Callable[[Json], Awaitable[Any]]:
+    async def draw(asked: Json) -> AIMessage:
+        bound: Any = model.bind_tools(asked["tools"]) if asked.get("tools") else model
+        options = {name: asked[name] for name in ("temperature", "seed", "stop", "top_logprobs") if name in asked}
+        limit = asked.get("max_completion_tokens") or asked.get("max_tokens")
+        options |= {} if limit is None else {"max_tokens": limit}
+        return await bound.ainvoke(convert_to_messages(asked["messages"]), **options)
+
+    return _from_messages(draw)
+
+
+async def _play(reply: Reply) -> AIMessage:
+    if math.isinf(reply.delay):
+        await asyncio.Event().wait()
+    await asyncio.sleep(reply.delay)
+    if reply.error is not None:
+        raise reply.error
+    return reply.message()
+
+
+def completion(messages: Sequence[AIMessage], asked: Mapping[str, Any]) -> Json:
+    """Messages with log-probabilities as the chat completion that a server would send for a request."""
+    usages = [message.usage_metadata or _NO_USAGE for message in messages]
+    read, written = usages[0]["input_tokens"], sum(usage["output_tokens"] for usage in usages)
+    return {
+        "id": "chatcmpl-local",
+        "object": "chat.completion",
+        "created": 0,
+        "model": asked.get("model", "any"),
+        "choices": [_choice(message, index, asked) for index, message in enumerate(messages)],
+        "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
+    }
+
+
+_NO_USAGE = UsageMetadata(input_tokens=0, output_tokens=0, total_tokens=0)
+
+
+def _choice(message: AIMessage, index: int, asked: Mapping[str, Any]) -> Json:
+    metadata: Json = message.response_metadata
+    sent = convert_to_openai_messages(message)
+    reasoning = message.additional_kwargs.get("reasoning_content")
+    fields = {"role": "assistant", "content": sent["content"] or None, "refusal": None}
+    fields |= {"tool_calls": sent["tool_calls"]} if sent.get("tool_calls") else {}
+    fields |= {"reasoning_content": reasoning} if reasoning else {}
+    logprobs = metadata.get("logprobs") if asked.get("logprobs") else None
+    if logprobs is not None:
+        k = asked.get("top_logprobs") or 0
+        tokens = [{**token, "top_logprobs": token["top_logprobs"][:k]} for token in logprobs["content"]]
+        logprobs = {"content": tokens, "refusal": None}
+    return {"index": index, "message": fields, "logprobs": logprobs, "finish_reason": metadata.get("finish_reason")}
+
+
+def _choices(change: Callable[[Json], Any]) -> Callable[[Json], Json]:
+    """Changes every choice of a response."""
+
+    def payload(response: Json) -> Json:
+        for choice in response["choices"]:
+            change(choice)
+        return response
+
+    return payload
+
+
+def _tokens(change: Callable[[Json], Any]) -> Callable[[Json], Json]:
+    """Changes every token of every choice that has any."""
+
+    def payload(choice: Json) -> None:
+        for token in (choice["logprobs"] or {"content": ()})["content"]:
+            change(token)
+
+    return _choices(payload)
+
+
+def _fewer(response: Json) -> Json:
+    return {**response, "choices": response["choices"][:1]}
+
+
+def _last_is(value: float) -> Callable[[Json], Json]:
+    """Gives the last alternative of every token another number."""
+    return _tokens(lambda token: token["top_logprobs"][-1].update(logprob=value))
+
+
+def _absent(token: Json) -> None:
+    token.update({"token": "(drawn)", "bytes": list(b"(drawn)"), "logprob": -12.5})
+
+
+def _call(choice: Json) -> None:
+    function = {"name": "calc", "arguments": '{"expression":"6*7"}'}
+    call = {"id": "call_0", "type": "function", "function": function}
+    choice["message"].update(content=None, tool_calls=[call])
+    choice["finish_reason"] = "tool_calls"
+
+
+def _unmeasured_call(choice: Json) -> None:
+    _call(choice)
+    choice["logprobs"] = None
+
+
+def _refuse(choice: Json) -> None:
+    choice["message"].update(content=None, refusal="I cannot help with that.")
+    if choice["logprobs"]:
+        choice["logprobs"] = {"content": None, "refusal": choice["logprobs"]["content"]}
+
+
+def _inflate(body: bytes) -> bytes:
+    """The tokens of the first choice again and again, until the body is big."""
+    response: Json = json.loads(body)
+    tokens: list[Json] = (response["choices"][0]["logprobs"] or {"content": list[Json]()})["content"]
+    if not tokens:
+        return body
+    once = json.dumps(tokens, separators=(",", ":")).encode()
+    return body.replace(once[1:-1], b",".join([once[1:-1]] * (BIG_BODY // (len(once) - 1) + 1)), 1)
+
+
+_HTML = b"<!doctype html><title>Sign in</title>"
+_NONE = Fault(about="nothing")
+
+FAULTS: Mapping[str, Fault] = MappingProxyType(
+    {
+        "latency": Fault(about="a slow answer", delay=0.1),
+        "jitter": Fault(about="answers in any order", jitter=0.1),
+        "straggler": Fault(about="an answer long after the others", delay=1.0),
+        "hang": Fault(about="no answer, ever", delay=math.inf),
+        "status_429": Fault(about="rate limit", status=429),
+        "retry_after": Fault(about="rate limit, with the time to wait", status=429, headers={"Retry-After": "1"}),
+        "status_500": Fault(about="internal error", status=500),
+        "status_503": Fault(about="overloaded", status=503),
+        "disconnect": Fault(about="the connection breaks in the middle of the body", sent=0.5),
+        "truncated_json": Fault(about="the body ends in the middle", body=lambda body: body[: len(body) // 2]),
+        "html_page": Fault(about="a page instead of JSON", content_type="text/html", body=lambda _: _HTML),
+        "wrong_content_type": Fault(about="JSON that is said to be text", content_type="text/plain"),
+        "invalid_utf8": Fault(
+            about="bytes that are no text", body=lambda body: body.replace(b"assistant", b"\xff\xfe")
+        ),
+        "big_body": Fault(about="a body of 20 MB", body=_inflate),
+        "empty_choices": Fault(about="no choices", payload=lambda response: {**response, "choices": []}),
+        "fewer_choices": Fault(about="one choice, whatever n is", payload=_fewer),
+        "null_logprobs": Fault(
+            about="logprobs are null", payload=_choices(lambda choice: choice.update(logprobs=None))
+        ),
+        "no_top_logprobs": Fault(about="no alternatives", payload=_tokens(lambda token: token.pop("top_logprobs"))),
+        "nan": Fault(about="NaN among the alternatives", payload=_last_is(math.nan)),
+        "infinity": Fault(about="-Infinity among the alternatives", payload=_last_is(-math.inf)),
+        "sentinel": Fault(about="-9999 among the alternatives", payload=_last_is(SENTINEL)),
+        "unsorted": Fault(about="alternatives in no order", payload=_tokens(lambda t: t["top_logprobs"].reverse())),
+        "absent_token": Fault(about="the drawn token is not among the alternatives", payload=_tokens(_absent)),
+        "duplicate_token": Fault(
+            about="the drawn token is listed twice",
+            payload=_tokens(lambda token: token["top_logprobs"].append(token["top_logprobs"][0])),
+        ),
+        "tool_calls": Fault(about="a tool call, its tokens measured", payload=_choices(_call)),
+        "unmeasured_tool_calls": Fault(
+            about="a tool call without log-probabilities", payload=_choices(_unmeasured_call)
+        ),
+        "reasoning": Fault(
+            about="reasoning beside the answer",
+            payload=_choices(lambda choice: choice["message"].update(reasoning_content="6 times 7 is 42")),
+        ),
+        "refusal": Fault(about="the model refuses", payload=_choices(_refuse)),
+        "length": Fault(about="cut off", payload=_choices(lambda choice: choice.update(finish_reason="length"))),
+    }
+)
+"""The faults by name."""

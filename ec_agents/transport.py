@@ -1,0 +1,227 @@
+"""How requests travel: through the OpenAI SDK, one choice to each or several, with the bodies decoded here."""
+
+import asyncio
+import os
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import msgspec
+import openai
+
+from ec_agents.wire import decode_response, split_usage
+
+LARGE_BODY = 1 << 20
+"""Bytes; larger bodies are decoded in a thread, so that the event loop goes on."""
+GATHERING = 0.002
+"""Seconds for which equal calls are collected into one request."""
+MOST_THREADS = 32
+"""Requests that one synchronous call has under way at once."""
+
+Payload = Mapping[str, Any]
+
+
+class Answer(NamedTuple):
+    """One choice of a response."""
+
+    choice: dict[str, Any]
+    """``message``, ``finish_reason``, packed ``logprobs``; and its share of the ``usage`` where it is not alone."""
+    response: dict[str, Any]
+    """The other fields of the response, which all its choices have in common."""
+
+
+class ClientPerLoop:
+    """One asynchronous client for each event loop, closed when the loop ends or nobody uses it any more.
+
+    Pooled connections belong to the loop that opened them, and fail in any other.
+
+    Args:
+        make: Makes a client.
+    """
+
+    def __init__(self, make: Callable[[], openai.AsyncOpenAI]) -> None:
+        self._make = make
+        self._clients: dict[asyncio.AbstractEventLoop, tuple[openai.AsyncOpenAI, weakref.finalize[..., Any]]] = {}
+
+    async def get(self) -> openai.AsyncOpenAI:
+        """The client of the running loop."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            for ended in [other for other in self._clients if other.is_closed()]:
+                self._clients.pop(ended, None)
+            keeper = _keep(self._make(), loop, self._clients)
+            # An asynchronous generator is what a loop closes when it ends: asyncio.run calls shutdown_asyncgens.
+            client = await anext(keeper)
+            # The registry of finalizers keeps the client whole until it is closed; garbage could not be closed.
+            closing = weakref.finalize(self, _close_soon, loop, keeper)
+            closing.atexit = False
+            self._clients[loop] = client, closing
+        return self._clients[loop][0]
+
+
+def _close_soon(loop: asyncio.AbstractEventLoop, keeper: AsyncGenerator[Any]) -> None:
+    async def close() -> None:
+        await keeper.aclose()
+
+    def start() -> None:
+        task = loop.create_task(close())
+        _closing.add(task)
+        task.add_done_callback(_closing.discard)
+
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(start)
+
+
+_closing: set[asyncio.Task[None]] = set()
+
+
+async def _keep(
+    client: openai.AsyncOpenAI, loop: asyncio.AbstractEventLoop, clients: dict[Any, Any]
+) -> AsyncGenerator[openai.AsyncOpenAI]:
+    try:
+        yield client
+    finally:
+        _, closing = clients.pop(loop, (None, None))
+        if closing is not None:
+            closing.detach()
+        await client.close()
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Equal calls that become one request."""
+
+    slots: list[asyncio.Future[Answer | None]] = field(default_factory=list[asyncio.Future[Answer | None]])
+    """One a call; None: the call has to send a request of its own."""
+    task: asyncio.Task[None] | None = None
+
+
+class Transport:
+    """What a chat model and its copies send their requests through.
+
+    Args:
+        clients: Asynchronous clients.
+        make_client: Makes the synchronous client.
+    """
+
+    def __init__(self, clients: ClientPerLoop, make_client: Callable[[], openai.OpenAI]) -> None:
+        self._clients = clients
+        self._make_client = make_client
+        self._client: openai.OpenAI | None = None
+        self._lock = threading.Lock()
+        self._open: dict[Any, _Batch] = {}
+        self._ignores_n = False
+
+    async def answer(self, payload: Payload, *, n_max: int = 1) -> Answer:
+        """One choice; with ``n_max`` > 1, equal calls at the same time share a request for up to so many choices."""
+        if n_max > 1 and not self._ignores_n:
+            answer = await self._share(payload, n_max)
+            if answer is not None:
+                return answer
+        return (await self._fetch(payload, 1))[0]
+
+    def answers_blocking(self, payload: Payload, n: int, *, n_max: int = 1) -> list[Answer]:
+        """``n`` choices, synchronously; with ``n_max`` > 1, up to so many from one request."""
+        answers: list[Answer] = []
+        if n > 1 and n_max > 1 and not self._ignores_n:
+            asked = min(n, n_max)
+            try:
+                answers = self._fetch_blocking(payload, asked)
+            except openai.BadRequestError:
+                self._ignores_n = True
+            self._ignores_n |= len(answers) < 2
+        missing = n - len(answers)
+        if missing == 1:
+            return [*answers, *self._fetch_blocking(payload, 1)]
+        with ThreadPoolExecutor(min(missing, MOST_THREADS) or 1) as pool:
+            pending = [pool.submit(copy_context().run, self._fetch_blocking, payload, 1) for _ in range(missing)]
+            return [*answers, *(answer for future in pending for answer in future.result())]
+
+    async def _fetch(self, payload: Payload, n: int) -> list[Answer]:
+        completions: Any = (await self._clients.get()).chat.completions
+        raw = await completions.with_raw_response.create(**_asking(payload, n))
+        return _answers(await decoded(raw.content), n)
+
+    def _fetch_blocking(self, payload: Payload, n: int) -> list[Answer]:
+        with self._lock:
+            self._client = client = self._client or self._make_client()
+        completions: Any = client.chat.completions
+        raw = completions.with_raw_response.create(**_asking(payload, n))
+        return _answers(decode_response(raw.content), n)
+
+    async def _share(self, payload: Payload, n_max: int) -> Answer | None:
+        """A choice of the request that all equal calls share; None if it has too few."""
+        loop = asyncio.get_running_loop()
+        key = loop, msgspec.json.encode(payload, enc_hook=repr)
+        batch = self._open.get(key)
+        if batch is None:
+            batch = self._open[key] = _Batch()
+            batch.task = loop.create_task(self._send(key, payload, batch.slots, n_max))
+        slot: asyncio.Future[Answer | None] = loop.create_future()
+        batch.slots.append(slot)
+        try:
+            return await slot
+        except asyncio.CancelledError:
+            if batch.task is not None and all(other.done() for other in batch.slots):
+                batch.task.cancel()
+                await asyncio.wait([batch.task])
+            raise
+
+    async def _send(self, key: Any, payload: Payload, slots: list[asyncio.Future[Answer | None]], n_max: int) -> None:
+        """Wait for more equal calls, send one request for all, and give each call its choice."""
+        answers: list[Answer] = []
+        failure: Exception | None = None
+        try:
+            await asyncio.sleep(GATHERING)
+        finally:
+            del self._open[key]
+        waiting = [slot for slot in slots if not slot.done()]
+        try:
+            answers = await self._fetch(payload, min(n_max, len(waiting)))
+        except Exception as error:  # noqa: BLE001 - it is raised where the calls wait
+            failure = error
+        if len(waiting) > 1:
+            refused = isinstance(failure, openai.BadRequestError)
+            failure = None if refused else failure
+            self._ignores_n |= refused or (failure is None and len(answers) < 2)
+        for number, slot in enumerate(waiting):
+            if failure is not None and not slot.done():
+                slot.set_exception(failure)
+            elif not slot.done():
+                slot.set_result(answers[number] if number < len(answers) else None)
+
+
+async def decoded(body: bytes) -> dict[str, Any]:
+    """``decode_response``, without holding up the loop for long."""
+    if len(body) <= LARGE_BODY:
+        return decode_response(body)
+    return await asyncio.get_running_loop().run_in_executor(_decoder(), decode_response, body)
+
+
+@cache
+def _decoder() -> ThreadPoolExecutor:
+    """One thread: several would take the interpreter from the loop in turn."""
+    return ThreadPoolExecutor(1, "ec_agents-decode")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_decoder.cache_clear)  # a forked child has the executor but not its thread
+
+
+def _asking(payload: Payload, n: int) -> dict[str, Any]:
+    return {**payload, "n": n} if n > 1 else dict(payload)
+
+
+def _answers(response: dict[str, Any], n: int) -> list[Answer]:
+    """The choices of a response, at most ``n``, with the usage shared out."""
+    choices: list[dict[str, Any]] = response.pop("choices")[:n]
+    if len(choices) > 1:
+        lengths = [len(packed) // 12 if (packed := c["logprobs"].get("packed")) else None for c in choices]
+        shares = split_usage(response.get("usage"), lengths)
+        choices = [{**choice, "usage": share} for choice, share in zip(choices, shares, strict=True)]
+    return [Answer(choice, response) for choice in choices]

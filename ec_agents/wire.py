@@ -1,0 +1,330 @@
+"""A chat completion as it travels: bytes → messages with packed signals, and messages → what a request holds.
+
+``decode_response`` reads a body once, keeps three numbers a token, and builds neither token strings nor SDK objects.
+Whatever does not have the documented form is read a second time, slowly, with the rules of ``logprobs``; so the result
+is always what ``token_signals`` makes of the same body.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, cast, overload
+
+import msgspec
+from langchain_core.messages import AIMessage, BaseMessage, UsageMetadata, convert_to_openai_messages
+from langchain_core.messages.tool import invalid_tool_call
+from langchain_core.output_parsers.openai_tools import parse_tool_call
+from msgspec import UNSET, Raw, Struct
+from pydantic import ValidationError
+
+from ec_agents.errors import LogprobsMalformed
+from ec_agents.logprobs import Read, measured, pack_logprobs, token_signals
+
+Json = Mapping[str, Any]
+
+
+class _Alternative(Struct, gc=False):
+    logprob: float | None
+
+
+class _Token(Struct, gc=False):
+    logprob: float | None
+    top_logprobs: list[_Alternative] | None = None
+
+
+class _Logprobs(Struct, gc=False):
+    content: list[_Token] | None = None
+    refusal: list[_Token] | None = None
+
+
+class _Choice(Struct):
+    message: dict[str, Any]
+    logprobs: _Logprobs | None = None
+    index: Any = None
+    finish_reason: Any = None
+
+
+class _Response(Struct, omit_defaults=True):
+    """The fields of a response that are kept."""
+
+    choices: list[_Choice]
+    id: Any = UNSET
+    object: Any = UNSET
+    created: Any = UNSET
+    model: Any = UNSET
+    usage: Any = UNSET
+    service_tier: Any = UNSET
+    system_fingerprint: Any = UNSET
+    error: Any = UNSET
+
+
+class _RawLogprobs(Struct):
+    content: list[Raw] | None = None
+    refusal: list[Raw] | None = None
+
+
+class _RawChoice(Struct):
+    logprobs: _RawLogprobs | None = None
+
+
+class _RawResponse(Struct):
+    choices: list[_RawChoice]
+
+
+_DECODER = msgspec.json.Decoder(_Response)
+_RAW_DECODER = msgspec.json.Decoder(_RawResponse)
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_KEPT = tuple(name for name in _Response.__struct_fields__ if name != "choices")
+
+
+class _Entries(Sequence[Any]):
+    """The tokens of a choice as they came, each decoded when it is asked for."""
+
+    def __init__(self, body: bytes, number: int) -> None:
+        logprobs = _RAW_DECODER.decode(body).choices[number].logprobs or _RawLogprobs()
+        self._raw = logprobs.content or logprobs.refusal or []
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+    @overload
+    def __getitem__(self, position: int) -> Any: ...
+    @overload
+    def __getitem__(self, position: slice) -> Sequence[Any]: ...
+    def __getitem__(self, position: int | slice) -> Any:
+        if isinstance(position, slice):
+            return [self[number] for number in range(*position.indices(len(self)))]
+        return json.loads(bytes(self._raw[position]).decode(errors="replace"))
+
+
+def decode_response(body: bytes) -> dict[str, Any]:
+    """A chat completion with the ``logprobs`` of its choices in the packed form (``logprobs.pack_logprobs``).
+
+    The body is not needed afterwards. Choices that are none are left out, as if the server had sent fewer.
+
+    Args:
+        body: The response, JSON; ``NaN`` and ``Infinity`` are read too.
+
+    Returns:
+        ``choices``, each with ``message``, ``finish_reason`` and ``logprobs``; and ``id``, ``model``, ``usage``, …
+
+    Raises:
+        LogprobsMalformed: The body is no chat completion with at least one choice.
+    """
+    try:
+        response = _DECODER.decode(body)
+        if not response.choices or response.error not in (UNSET, None):
+            return _decode_carefully(body)
+        choices = [_slim(choice, body, number) for number, choice in enumerate(response.choices)]
+    except _UNREADABLE:
+        return _decode_carefully(body)
+    fields = {name: value for name in _KEPT if (value := getattr(response, name)) is not UNSET}
+    return {**fields, "choices": choices}
+
+
+def _slim(choice: _Choice, body: bytes, number: int) -> dict[str, Any]:
+    """A choice with packed log-probabilities.
+
+    Raises:
+        msgspec.DecodeError: It has log-probabilities, but not in the form of a chat completion.
+    """
+    fields = {"index": choice.index, "message": choice.message, "finish_reason": choice.finish_reason}
+    if choice.logprobs is None:
+        return {**fields, "logprobs": pack_logprobs(lambda: token_signals({**fields, "logprobs": None}))}
+    tokens = choice.logprobs.content or choice.logprobs.refusal
+    if not tokens:
+        raise msgspec.DecodeError("no tokens")
+    return {**fields, "logprobs": pack_logprobs(lambda: measured(_read(tokens), lambda: _Entries(body, number)))}
+
+
+def _read(tokens: list[_Token]) -> Read:
+    rows = [token.top_logprobs or () for token in tokens]
+    return Read(
+        drawn=[token.logprob for token in tokens],
+        sizes=[len(row) for row in rows],
+        alternatives=[alternative.logprob for row in rows for alternative in row],
+    )
+
+
+def _decode_carefully(body: bytes) -> dict[str, Any]:
+    """``decode_response`` of a body that has another form than most."""
+    if body.lstrip()[:5] in (b"data:", b"event"):
+        raise LogprobsMalformed(f"the response is a stream, but none was asked for; found {_start(body)}")
+    response = _json(body)
+    if not isinstance(response, dict):
+        raise LogprobsMalformed(f"a chat completion must be a JSON object; found {_start(body)}")
+    fields = cast("dict[str, Any]", response)
+    if fields.get("error"):
+        raise LogprobsMalformed(f"the server answered with an error: {fields['error']!r:.300}")
+    choices: list[Any] | None = fields.get("choices")
+    if not isinstance(choices, list) or not choices:
+        raise LogprobsMalformed(f"a chat completion must have a non-empty list of choices; found {_start(body)}")
+    slim = [_slim_carefully(choice) for choice in choices if _is_choice(choice)]
+    if not slim:
+        raise LogprobsMalformed(f"none of the {len(choices)} choices has a message or a text; found {_start(body)}")
+    return {**{name: fields[name] for name in _KEPT if name in fields}, "choices": slim}
+
+
+def _slim_carefully(choice: dict[str, Any]) -> dict[str, Any]:
+    message: Any = choice.get("message")
+    if not isinstance(message, dict):
+        message = {"role": "assistant", "content": choice["text"]}
+    fields: dict[str, Any] = {
+        "index": choice.get("index"),
+        "message": message,
+        "finish_reason": choice.get("finish_reason"),
+    }
+    return {**fields, "logprobs": pack_logprobs(lambda: token_signals(choice))}
+
+
+def _is_choice(choice: Any) -> bool:
+    return isinstance(choice, dict) and (isinstance(choice.get("message"), dict) or isinstance(choice.get("text"), str))
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except _UNREADABLE:
+        pass
+    try:
+        return json.loads(body)  # reads NaN, Infinity and lone surrogates, which msgspec does not
+    except (ValueError, RecursionError) as error:
+        raise LogprobsMalformed(f"the body of the response is no JSON: {error}; it is {_start(body)}") from error
+
+
+def _start(body: bytes) -> str:
+    return f"{len(body)} bytes, {body[:100]!r}{'…' if len(body) > 100 else ''}"
+
+
+def choice_message(choice: Json, response: Json) -> AIMessage:
+    """A choice of ``decode_response`` as a message, as langchain-openai would build it.
+
+    ``additional_kwargs`` holds a refusal, and the reasoning that some servers send as ``reasoning_content`` or
+    ``reasoning``. Tool calls whose arguments cannot be decoded are in ``invalid_tool_calls``.
+
+    Args:
+        choice: One of the choices; its ``usage``, if it has one, goes before that of the response.
+        response: The other fields.
+
+    Raises:
+        LogprobsMalformed: A field has a type that no chat completion has.
+    """
+    metadata = {"finish_reason": choice.get("finish_reason"), "logprobs": choice.get("logprobs")}
+    usage = choice.get("usage", response.get("usage"))
+    shared = {
+        "token_usage": usage,
+        "model_provider": "openai",
+        "model_name": response.get("model"),
+        "system_fingerprint": response.get("system_fingerprint"),
+        **{name: response[name] for name in ("id", "service_tier") if response.get(name)},
+    }
+    fields: dict[str, Any] = choice["message"]
+    try:
+        calls = [_tool_call(call) for call in fields.get("tool_calls") or ()]
+        return AIMessage(
+            content=fields.get("content") or "",
+            additional_kwargs=_additional(fields),
+            name=fields.get("name"),
+            tool_calls=[call for call in calls if call["type"] == "tool_call"],
+            invalid_tool_calls=[call for call in calls if call["type"] != "tool_call"],
+            response_metadata={**shared, **metadata},
+            usage_metadata=usage_metadata(usage, response.get("service_tier")) if usage else None,
+        )
+    except (ValidationError, TypeError, AttributeError, KeyError) as error:
+        raise LogprobsMalformed(
+            f"the message is not that of a chat completion: {error}; found {fields!r:.300}"
+        ) from error
+
+
+def _additional(message: Json) -> dict[str, Any]:
+    """What a message has beside content and tool calls."""
+    kept = {name: message[name] for name in ("function_call", "audio") if message.get(name)}
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    return {"refusal": message.get("refusal"), **kept, **({"reasoning_content": reasoning} if reasoning else {})}
+
+
+def _tool_call(call: dict[str, Any]) -> Any:
+    """A tool call, or an invalid one where its arguments are no JSON object."""
+    function = call["function"]
+    if isinstance(function["arguments"], dict):
+        return {"name": function["name"], "args": function["arguments"], "id": call.get("id"), "type": "tool_call"}
+    try:
+        parsed = parse_tool_call(call, return_id=True)
+        if parsed is not None and isinstance(parsed["args"], dict):
+            return {**parsed, "type": "tool_call"}
+        problem = "the arguments are not a JSON object"
+    except (ValueError, TypeError, RecursionError) as error:
+        problem = str(error)
+    return invalid_tool_call(name=function["name"], args=function["arguments"], id=call.get("id"), error=problem)
+
+
+def usage_metadata(usage: Json, service_tier: object = None) -> UsageMetadata:
+    """The usage of a response in LangChain's form; prices of the ``priority`` and ``flex`` tiers are kept apart."""
+    tier = f"{service_tier}_" if service_tier in ("priority", "flex") else ""
+    read: dict[str, Any] = usage.get("prompt_tokens_details") or {}
+    written: dict[str, Any] = usage.get("completion_tokens_details") or {}
+    inputs, outputs = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+    total = usage.get("total_tokens")
+    input_details: dict[str, int | None] = {
+        "audio": read.get("audio_tokens"),
+        f"{tier}cache_read": read.get("cached_tokens"),
+        f"{tier}cache_creation": read.get("cache_write_tokens"),
+    }
+    output_details: dict[str, int | None] = {
+        "audio": written.get("audio_tokens"),
+        f"{tier}reasoning": written.get("reasoning_tokens"),
+    }
+    if tier:
+        input_details[str(service_tier)] = inputs - (read.get("cached_tokens") or 0)
+        output_details[str(service_tier)] = outputs - (written.get("reasoning_tokens") or 0)
+    return UsageMetadata(
+        input_tokens=inputs,
+        output_tokens=outputs,
+        total_tokens=inputs + outputs if total is None else total,
+        input_token_details=cast("Any", {k: v for k, v in input_details.items() if v is not None}),
+        output_token_details=cast("Any", {k: v for k, v in output_details.items() if v is not None}),
+    )
+
+
+def split_usage(usage: Mapping[str, Any] | None, lengths: Sequence[int | None]) -> list[dict[str, Any] | None]:
+    """The usage of a response with several choices, shared out so that the sum is what the server reports.
+
+    The first choice has the prompt. Each has as many completion tokens as log-probabilities; what remains goes in equal
+    parts to those without any, or else to the first.
+
+    Args:
+        usage: As reported for the whole response; None where it is not.
+        lengths: Tokens of each choice; None = unknown.
+    """
+    if not usage:
+        return [None] * len(lengths)
+    outputs = [length or 0 for length in lengths]
+    rest = max(0, (usage.get("completion_tokens") or 0) - sum(outputs))
+    unknown = [number for number, length in enumerate(lengths) if length is None] or [0]
+    for number in unknown:
+        outputs[number] += rest // len(unknown)
+    outputs[unknown[0]] += rest % len(unknown)
+    prompts = [usage.get("prompt_tokens") or 0, *[0] * (len(lengths) - 1)]
+    details = [{k: v for k, v in usage.items() if k.endswith("_details")}, *[{}] * (len(lengths) - 1)]
+    return [
+        {**more, "prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+        for more, read, written in zip(details, prompts, outputs, strict=True)
+    ]
+
+
+def wire_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
+    """Messages as a request holds them; tool calls that could not be decoded are sent back as they came."""
+    return [_wire_message(message) for message in messages]
+
+
+def _wire_message(message: BaseMessage) -> dict[str, Any]:
+    fields = convert_to_openai_messages(message)
+    if not isinstance(message, AIMessage):
+        return {k: v for k, v in fields.items() if k != "name" or fields["role"] != "tool"}
+    bad = [
+        {"type": "function", "id": call["id"], "function": {"name": call["name"], "arguments": call["args"]}}
+        for call in message.invalid_tool_calls
+    ]
+    calls = [*fields.get("tool_calls", ()), *bad]
+    if not calls:
+        return fields
+    return {**fields, "tool_calls": calls, "content": fields["content"] or None}
