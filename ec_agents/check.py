@@ -1,6 +1,5 @@
 """What a live endpoint returns, in plain words: what works, what does not, what to change."""
 
-import asyncio
 import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -150,7 +149,7 @@ class _Trial:
         """Whether a plain answer can be measured, and whether two of them differ."""
         what = "log-probabilities of plain answers"
         try:
-            responses = await asyncio.gather(*(self._ask(_TALK) for _ in range(2)))
+            responses = [await self._ask(_TALK) for _ in range(2)]
             verdict = self._verify([r for response in responses for r in _candidates(response)], responses, tools=False)
         except openai.OpenAIError as error:
             if _refused(error) and self._k > _FEW:

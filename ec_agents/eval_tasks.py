@@ -103,24 +103,23 @@ def check_math(task: EvalTask, text: str, tool_calls: ToolCalls) -> bool:  # noq
     r"""Whether the last mathematical expression of the text, or what is in ``\boxed``, equals the answer.
 
     Raises:
-        ImportError: The extra ``math`` is not installed.
+        ConfigError: The task has no answer, or none that is mathematics; or the extra ``math`` is not installed.
     """
-    try:
-        from math_verify import parse, verify  # noqa: PLC0415 - an optional extra
-    except ImportError as error:
-        raise ImportError(f"--check math needs the extra 'math' ({error}): pip install 'ec-agents[math]'") from error
-    gold = cast("Any", parse)(f"${_answer(task)}$")
+    parse, verify = _math_verify()
+    gold = parse(f"${_answer(task)}$")
     if not gold:
         raise ConfigError(f"task {task.id!r}: the answer {task.answer!r} is no mathematical expression")
-    return bool(cast("Any", verify)(gold, cast("Any", parse)(text)))
+    return bool(verify(gold, parse(text)))
 
 
 def checker(name: str) -> Checker:
     """A checker by name: ``exact``, ``math``, or ``module:function`` for one's own.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: There is none of that name, or it needs an extra that is not installed.
     """
+    if name == "math":
+        _math_verify()
     known: dict[str, Checker] = {"exact": check_exact, "math": check_math, "embedded": check_embedded}
     return known[name] if name in known else load(name, "--check")
 
@@ -140,6 +139,14 @@ def load(name: str, what: str) -> Any:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{what} {name!r} cannot be loaded: {error}") from error
+
+
+def _math_verify() -> tuple[Callable[[str], Any], Callable[[Any, Any], bool]]:
+    try:
+        from math_verify import parse, verify  # noqa: PLC0415 - an optional extra
+    except ImportError as error:
+        raise ConfigError(f"--check math needs the extra 'math' ({error}): pip install 'ec-agents[math]'") from error
+    return cast("Any", parse), cast("Any", verify)
 
 
 def _answer(task: EvalTask) -> str:

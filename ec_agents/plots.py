@@ -6,6 +6,11 @@ from typing import Any
 
 from ec_agents.results import Evaluation, Row
 
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError(f"plots need the extra 'plot' ({error}): pip install 'ec-agents[plot]'") from error
+
 REFERENCES = {"oracle": ":", "majority": "--", "random": "-."}
 """Rows that every chart shows, and their line style."""
 FORMATS = ("png", "svg")
@@ -21,14 +26,7 @@ def write_plots(evaluation: Evaluation, folder: str | Path, *, most: int = 6) ->
 
     Returns:
         The files.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an optional extra
-    except ImportError as error:
-        raise ImportError(f"plots need the extra 'plot' ({error}): pip install 'ec-agents[plot]'") from error
     own = [row for row in evaluation.rows if row.selector not in {*REFERENCES, "avg@1", "first"}][:most]
     rows = [*own, *(row for row in evaluation.rows if row.selector in REFERENCES)]
     charts = {"accuracy": _intervals, "accuracy_by_n": _by_n, "gain_by_tokens": _by_tokens}
