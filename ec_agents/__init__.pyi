@@ -1,5 +1,3 @@
-"""What type checkers see of the names that ``__init__.py`` loads when they are first used."""
-
 from ec_agents.candidates import (
     Candidate as Candidate,
 )
@@ -105,6 +103,8 @@ from ec_agents.messages import message_candidate as message_candidate
 from ec_agents.middleware import EntropyCentroidMiddleware as EntropyCentroidMiddleware
 from ec_agents.openai_client import (
     OpenAIChatModel as OpenAIChatModel,
+)
+from ec_agents.openai_client import (
     fast_logprobs as fast_logprobs,
 )
 from ec_agents.sampling import sample as sample
@@ -176,3 +176,6 @@ from ec_agents.trace import (
 )
 from ec_agents.waiting import Limiter as Limiter
 from ec_agents.waiting import SamplingPolicy as SamplingPolicy
+
+_HOME_OF: dict[str, str]
+__all__: list[str]

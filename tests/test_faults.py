@@ -116,7 +116,7 @@ def n(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_step_on_a_faulty_server(name: str, n: int, run: Run):
     faulty = (n + 3) // 4
-    outcome = step(run, [fault(name), None, None, None], n, 1.0 if name == "hang" else 30.0)
+    outcome = step(run, [fault(name), None, None, None], n, 4.0 if name == "hang" else 30.0)
     if name in FAILURES and n == 1:
         assert isinstance(outcome, SamplingError)
         assert isinstance(outcome.failures[0], FAILURES[name])

@@ -394,7 +394,7 @@ def test_a_checkpoint_is_at_most_60_kb_larger_than_without_us():
 def test_a_run_goes_through_the_sqlite_checkpointer(tmp_path: Path):
     with SqliteSaver.from_conn_string(str(tmp_path / "state.db")) as saver:
         agent = agent_of(two_steps(), checkpointer=saver, interrupt_before=["score", "tools"])
-        agent.invoke(ASK, THREAD)
+        state = agent.invoke(ASK, THREAD)
         for _ in range(3):
             state = agent.invoke(None, THREAD)
     assert state["messages"][-1].content == "it is 3"

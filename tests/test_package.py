@@ -28,10 +28,7 @@ def test_every_public_name_can_be_had():
 def test_type_checkers_see_the_same_names():
     stub = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
     found = {
-        (alias.asname, node.module)
-        for node in stub.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
+        (alias.asname, node.module) for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
     assert found == {(name, f"ec_agents.{ec_agents._HOME_OF[name]}") for name in ec_agents.__all__}
 
