@@ -161,7 +161,7 @@ def verdict(result: Results) -> str:
     if p < 0.05:
         said = "the lowest centroid helps here" if better > worse else "the lowest centroid does harm here"
     else:
-        said = "no sign on these tasks that the lowest centroid helps"
+        said = "these tasks do not show that the lowest centroid helps"
     counts = f"right where the first is wrong: {better}, the reverse: {worse}; sign test p = {p:.2g}"
     return f"{result.family}: {said} ({counts})"
 

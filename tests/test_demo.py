@@ -73,8 +73,8 @@ def test_sign_test_is_exact(better: int, worse: int, p: float):
     [
         ([False] * 8, [True] * 8, "the lowest centroid helps here"),
         ([True] * 8, [False] * 8, "the lowest centroid does harm here"),
-        ([True, False] * 4, [False, True] * 4, "no sign on these tasks that the lowest centroid helps"),
-        ([True] * 8, [True] * 8, "no sign on these tasks that the lowest centroid helps"),
+        ([True, False] * 4, [False, True] * 4, "these tasks do not show that the lowest centroid helps"),
+        ([True] * 8, [True] * 8, "these tasks do not show that the lowest centroid helps"),
     ],
 )
 def test_the_verdict_says_what_the_numbers_say(first: list[bool], centroid: list[bool], said: str):
