@@ -155,9 +155,9 @@ def abatch(url: str) -> tuple[Step, Callable[[], Awaitable[Any]]]:
 
 
 def its_hub(url: str) -> tuple[Step, Callable[[], Awaitable[Any]]]:
-    from its_hub.api.types import ChatMessage
-    from its_hub.core.lms.openai_lm import OpenAICompatibleLanguageModel
-    from its_hub.core.orchestrator import LMOrchestrator
+    from its_hub.api.types import ChatMessage  # pyright: ignore[reportMissingImports]
+    from its_hub.core.lms.openai_lm import OpenAICompatibleLanguageModel  # pyright: ignore[reportMissingImports]
+    from its_hub.core.orchestrator import LMOrchestrator  # pyright: ignore[reportMissingImports]
 
     model = OpenAICompatibleLanguageModel(endpoint=url, api_key="none", model_name="any")
     messages = [ChatMessage(role="user", content="hi")]
