@@ -12,7 +12,7 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Family = Literal["solve", "play", "plain"]
@@ -38,8 +38,10 @@ class Difficulty:
     """``plain``: largest difference, from 2."""
 
 
-NORMAL = Difficulty(solve=(3, 1, 0), play=(2, 1, 0), people=5, amount=40, difference=20)
-"""What ``make_tasks`` draws, and the second stage of training."""
+NORMAL = Difficulty(solve=(3, 1, 0), play=(2, 1, 0), people=4, amount=40, difference=20)
+"""What ``make_tasks`` draws."""
+NARROW = replace(NORMAL, people=5)
+"""The second stage of training."""
 WIDE = Difficulty(solve=(1, 1, 0), play=(2, 2, 1), people=6, amount=60, difference=48)
 """The first stage of training."""
 

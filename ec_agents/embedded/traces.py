@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ec_agents.embedded import vocabulary as v
-from ec_agents.embedded.tasks import NORMAL, Difficulty, Operation, Task, call_calc, find_solution, make_task, moves
+from ec_agents.embedded.tasks import NARROW, Difficulty, Operation, Task, call_calc, find_solution, make_task, moves
 from ec_agents.embedded.template import Turn, call_text, render
 
 Attempt = Sequence[Operation]
@@ -34,7 +34,7 @@ class Example:
     response: list[int]
 
 
-def make_example(rng: random.Random, difficulty: Difficulty = NORMAL) -> Example:
+def make_example(rng: random.Random, difficulty: Difficulty = NARROW) -> Example:
     """Draw one training example of any family."""
     family = rng.choices(("solve", "play", "plain"), (35, 45, 20))[0]
     task = make_task(family, rng, held_out=False, difficulty=difficulty)

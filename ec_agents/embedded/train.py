@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ec_agents.embedded import vocabulary
-from ec_agents.embedded.tasks import NORMAL, WIDE, Difficulty
+from ec_agents.embedded.tasks import NARROW, WIDE, Difficulty
 from ec_agents.embedded.traces import Example, make_example
 from ec_agents.embedded.transformer import Shape
 
@@ -46,7 +46,7 @@ class Stage:
 
 STAGES = {
     "wide": Stage(difficulty=WIDE, rate=0.01, weight_decay=0.3, decay=0.4),
-    "normal": Stage(difficulty=NORMAL, rate=0.007, weight_decay=0.05, decay=1.0),
+    "narrow": Stage(difficulty=NARROW, rate=0.007, weight_decay=0.05, decay=1.0),
 }
 
 
