@@ -5,13 +5,11 @@ a crash there does not pay for the N calls again; only the chosen message enters
 """
 
 import time
-import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal, TypedDict
 
-import msgspec
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import (
     AIMessage,
@@ -45,7 +43,7 @@ from ec_agents.messages import (
 from ec_agents.recording import record_step
 from ec_agents.sampling import check_sampling, run_blocking, sample
 from ec_agents.selection import Selector
-from ec_agents.step import Write, announce, chosen_message, decide, draw, stream_writer
+from ec_agents.step import Write, announce, chosen_message, decide, draw, packed, stream_writer, unpacked
 from ec_agents.trace import TraceWriter
 from ec_agents.waiting import SamplingPolicy
 
@@ -282,7 +280,7 @@ def pack_candidates(drawn: CandidateSet) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "failures": failures,
-        "packed": zlib.compress(msgspec.msgpack.encode(rows, enc_hook=str), level=1),
+        "packed": packed(rows),
     }
 
 
@@ -299,12 +297,7 @@ def unpack_candidates(state: Mapping[str, Any] | None) -> CandidateSet:
             f"candidates in format {state.get('format')!r} found in the state, {FORMAT} needed: another version of "
             "ec_agents wrote this checkpoint; finish the run with that version, or start the step again"
         )
-    try:
-        rows = msgspec.msgpack.decode(
-            zlib.decompress(state["packed"]), type=list[tuple[dict[str, Any], dict[str, Any]]]
-        )
-    except (KeyError, TypeError, zlib.error, msgspec.DecodeError) as error:
-        raise StateError(f"the candidates in the state are damaged: {error}") from error
+    rows = unpacked(state.get("packed", b""), list[tuple[dict[str, Any], dict[str, Any]]])
     candidates = [Candidate.from_builtins(data) for data, _ in rows]
     messages = messages_from_dict([message for _, message in rows])
     return CandidateSet(

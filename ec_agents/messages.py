@@ -18,6 +18,9 @@ from ec_agents.errors import FailedCall, LogprobsError, LogprobsMalformed
 from ec_agents.logprobs import choice_candidate, response_candidates, token_signals
 from ec_agents.models import SIGNALS_KEY, silent_model, unpacked_signals
 
+SHOWN_CHARACTERS = 400
+"""Most characters of each candidate's text that the decision in the state shows; every checkpoint has a copy of it."""
+
 
 def as_candidate(response: object, index: int) -> Candidate:
     """A candidate from what a call returned.
@@ -158,6 +161,12 @@ def outline(candidate: Candidate) -> dict[str, Any]:
         "flaws": dict(candidate.flaws),
         "n_tokens": None if candidate.signals is None else candidate.signals.n_tokens,
     }
+
+
+def shortened(found: dict[str, Any]) -> dict[str, Any]:
+    """An ``outline`` as checkpoints keep it: of a long text, the beginning and the end."""
+    text, half = found["content"], SHOWN_CHARACTERS // 2
+    return found if len(text) <= SHOWN_CHARACTERS else {**found, "content": f"{text[:half]} … {text[-half:]}"}
 
 
 def total_usage(candidates: Sequence[Candidate]) -> dict[str, int]:

@@ -7,14 +7,16 @@ see of a response is the message with its packed token signals, 16 bytes a token
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, wraps
+from inspect import signature
 from operator import is_
 from typing import Any, cast
 
-from langchain_core.callbacks import BaseCallbackManager, Callbacks
+from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackManager, Callbacks
 from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatResult, LLMResult
 from langchain_core.runnables import RunnableBinding, RunnableConfig
-from langchain_core.runnables.config import ensure_config
+from langchain_core.runnables.config import ensure_config, var_child_runnable_config
 from langchain_core.tracers._streaming import _StreamingCallbackHandler
 from langgraph.constants import TAG_NOSTREAM
 
@@ -24,6 +26,9 @@ from ec_agents.logprobs import pack_logprobs, token_signals
 
 SIGNALS_KEY = "ec_signals"
 """Where ``response_metadata`` holds the packed signals, or why there are none."""
+
+_ORDINARY = {"ls_structured_output_format", "structured_output_format"}
+"""Arguments that are meant for LangChain and not for the model."""
 
 _LOGPROBS_REFUSED = "unexpected keyword argument 'logprobs'"
 
@@ -79,10 +84,49 @@ def is_stream(handler: object) -> bool:
     return isinstance(handler, _StreamingCallbackHandler)
 
 
+class _Silent:
+    """What a copy does in another way than its model; stands before the model's class."""
+
+    def bind(self, **kwargs: Any) -> Any:
+        return _Binding(bound=cast("Any", self), kwargs=kwargs, config={})
+
+    def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Any:
+        parent: Any = super()
+        return _bound_once(self, parent.bind_tools, tools, kwargs)
+
+    def generate(self, messages: Any, stop: Any = None, callbacks: Callbacks = None, **kwargs: Any) -> LLMResult:
+        parent: Any = super()
+        return parent.generate(messages, stop, _without_streams(callbacks), **kwargs)
+
+    async def agenerate(self, messages: Any, stop: Any = None, callbacks: Callbacks = None, **kwargs: Any) -> LLMResult:
+        parent: Any = super()
+        return await parent.agenerate(messages, stop, _without_streams(callbacks), **kwargs)
+
+    async def ainvoke(self, input: Any, config: Any = None, *, stop: Any = None, **kwargs: Any) -> AIMessage:  # noqa: A002
+        """The answer, past LangChain's callbacks where nobody listens: they cost more than all that is done here."""
+        model, parent = cast("Any", self), cast("Any", super())
+        messages: list[BaseMessage] = model._convert_input(input).to_messages()  # noqa: SLF001 - it is this model's own
+        is_plain = all(isinstance(message.content, str) for message in messages)
+        if not is_plain or _ORDINARY & kwargs.keys() or _is_heard(model, config):
+            return await parent.ainvoke(input, config, stop=stop, **kwargs)
+        result = await model._agenerate_with_cache(messages, stop=stop, **kwargs)  # noqa: SLF001 - as above
+        return result.generations[0].message
+
+
+class _Binding(RunnableBinding[Any, Any]):
+    """A binding that leaves the configuration to the model where there is nothing to merge."""
+
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:  # noqa: A002
+        """The model's answer."""
+        if config or self.config or self.config_factories:
+            return await super().ainvoke(input, config, **kwargs)
+        return await self.bound.ainvoke(input, None, **{**self.kwargs, **kwargs})
+
+
 @cache
 def _silent(cls: type[BaseChatModel]) -> type[BaseChatModel]:
     """The class of the copies: that of the model, with responses measured before any callback sees them."""
-    if "_ec_silent" in vars(cls):
+    if issubclass(cls, _Silent):
         return cls
     base: Any = cls
     generate_one, agenerate_one = base._generate, base._agenerate  # noqa: SLF001 - a subclass overrides them
@@ -103,30 +147,18 @@ def _silent(cls: type[BaseChatModel]) -> type[BaseChatModel]:
             _explain(error)
             raise
 
-    @wraps(base.generate)
-    def generate(self: Any, messages: Any, stop: Any = None, callbacks: Callbacks = None, **kwargs: Any) -> LLMResult:
-        return base.generate(self, messages, stop, _without_streams(callbacks), **kwargs)
-
-    @wraps(base.agenerate)
-    async def agenerate(
-        self: Any, messages: Any, stop: Any = None, callbacks: Callbacks = None, **kwargs: Any
-    ) -> LLMResult:
-        return await base.agenerate(self, messages, stop, _without_streams(callbacks), **kwargs)
-
-    @wraps(base.bind_tools)
-    def bind_tools(self: Any, tools: Sequence[Any], **kwargs: Any) -> Any:
-        return _bound_once(self, base.bind_tools, tools, kwargs)
-
-    methods = {
-        "_generate": _generate,
-        "_agenerate": _agenerate,
-        "generate": generate,
-        "agenerate": agenerate,
-        "bind_tools": bind_tools,
-    }
+    for method, original in ((_generate, generate_one), (_agenerate, agenerate_one)):
+        cast("Any", method).__signature__ = signature(original)  # LangChain looks at it at every call
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    made: Any = type(cls)  # pydantic's metaclass
-    return made(cls.__name__, (cls,), {**methods, **names, "_ec_silent": True})
+    metaclass: Any = type(cls)  # pydantic's
+    return metaclass(cls.__name__, (_Silent, cls), {"_generate": _generate, "_agenerate": _agenerate, **names})
+
+
+def _is_heard(model: Any, config: RunnableConfig | None) -> bool:
+    """Whether a tracer, a counter or another callback wants to be told of a call."""
+    callbacks = (config or {}).get("callbacks") or (var_child_runnable_config.get() or {}).get("callbacks")
+    manager = AsyncCallbackManager.configure(_without_streams(callbacks), model.callbacks, model.verbose)
+    return bool(manager.handlers)
 
 
 def _bound_once(model: Any, bind: Callable[..., Any], tools: Sequence[Any], options: dict[str, Any]) -> Any:

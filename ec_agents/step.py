@@ -1,8 +1,10 @@
 """One step as the graph, the middleware and the chat model share it: its events, its evidence, its telemetry."""
 
+import zlib
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackManager, Callbacks
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, LLMResult
@@ -11,13 +13,16 @@ from langgraph.config import get_stream_writer
 from langgraph.constants import TAG_NOSTREAM
 
 from ec_agents.candidates import Candidate, CandidateSet, Selection
-from ec_agents.messages import decision_record, describe_failure, outline, without_logprobs
+from ec_agents.errors import StateError
+from ec_agents.messages import decision_record, describe_failure, outline, shortened, without_logprobs
 from ec_agents.models import is_stream
 from ec_agents.otel import choice_span, sampling_span
 from ec_agents.selection import Selector
 
 Write = Callable[[dict[str, Any]], None]
 """Takes one ``custom`` event."""
+
+_T = TypeVar("_T")
 
 
 def stream_writer() -> Write:
@@ -65,7 +70,7 @@ def decide(selector: Selector, drawn: CandidateSet, write: Write) -> tuple[Selec
     """Choose, and say so in a ``custom`` event and a span.
 
     Returns:
-        The selection; its record, for the message; and the record with an outline of every candidate.
+        The selection; its record, for the message; and the record with a short outline of every candidate.
 
     Raises:
         SelectionError: Nothing could be scored, and the selector's fallback is ``"raise"``.
@@ -74,9 +79,26 @@ def decide(selector: Selector, drawn: CandidateSet, write: Write) -> tuple[Selec
         selection = selector(drawn.candidates)
         report(selection)
     record = decision_record(drawn, selection)
-    decision = {**record, "candidates": {str(c.index): outline(c) for c in drawn.candidates}}
+    decision = {**record, "candidates": {str(c.index): shortened(outline(c)) for c in drawn.candidates}}
     write({"ec_agents": "choice", **decision})
     return selection, record, decision
+
+
+def packed(data: object) -> bytes:
+    """Data for a checkpoint, which holds some of it twice: a candidate's text is its message's. Objects become text."""
+    return zlib.compress(msgspec.msgpack.encode(data, enc_hook=str), level=1)
+
+
+def unpacked(data: bytes, kind: type[_T]) -> _T:
+    """Undo ``packed``.
+
+    Raises:
+        StateError: The bytes are damaged, or no data of this kind.
+    """
+    try:
+        return msgspec.msgpack.decode(zlib.decompress(data), type=kind)
+    except (TypeError, zlib.error, msgspec.DecodeError) as error:
+        raise StateError(f"the candidates in the checkpoint are damaged: {error}") from error
 
 
 def chosen_message(message: AIMessage, record: dict[str, Any]) -> AIMessage:

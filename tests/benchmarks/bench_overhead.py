@@ -17,9 +17,11 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from langchain.agents import create_agent
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel
@@ -29,7 +31,6 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 
 from ec_agents import EntropyCentroidMiddleware, create_centroid_agent, message_candidate, select
-from ec_agents.testing import profile_logprobs
 
 CPU_BAR = 1.5
 BYTES_BAR = 60_000
@@ -38,7 +39,7 @@ SIZES = (1, 8, 64)
 
 
 class InstantModel(BaseChatModel):
-    """Answers at once: ``steps - 1`` tool calls with a text each, then the end; always the same log-probabilities."""
+    """Answers at once: ``steps - 1`` tool calls with a text each, then the end; with one after another of LOGPROBS."""
 
     tokens: int = 8
     steps: int = 1
@@ -54,8 +55,8 @@ class InstantModel(BaseChatModel):
     def _generate(self, messages: list[BaseMessage], *args: Any, **kwargs: Any) -> ChatResult:
         done = sum(isinstance(message, ToolMessage) for message in messages)
         calls = [{"name": "look", "args": {"at": done}, "id": f"call_{done}"}] if done < self.steps - 1 else []
-        metadata = {"logprobs": LOGPROBS[self.tokens]} if self.with_logprobs else {}
-        message = AIMessage("word " * self.tokens, tool_calls=calls, response_metadata=metadata)
+        metadata = {"logprobs": next(LOGPROBS[self.tokens])} if self.with_logprobs else {}
+        message = AIMessage(TEXTS[self.tokens], tool_calls=calls, response_metadata=metadata)
         return ChatResult(generations=[ChatGeneration(message=message)])
 
     async def _agenerate(
@@ -68,7 +69,19 @@ class InstantModel(BaseChatModel):
         return self._generate(messages)
 
 
-LOGPROBS = {tokens: profile_logprobs("!" + "." * (tokens - 1)) for tokens in (8, 500)}
+def random_logprobs(tokens: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Log-probabilities that no compression makes smaller, 20 alternatives a token."""
+    rows = np.sort(np.log(rng.dirichlet(np.full(20, 0.2), tokens) + 1e-9))[:, ::-1].tolist()
+    return {"content": [{"token": "t", "logprob": r[0], "top_logprobs": [{"logprob": x} for x in r]} for r in rows]}
+
+
+def random_text(tokens: int, rng: np.random.Generator) -> str:
+    return " ".join("".join(map(chr, rng.integers(97, 123, 4))) for _ in range(tokens))
+
+
+RNG = np.random.default_rng(0)
+TEXTS = {tokens: random_text(tokens, RNG) for tokens in (8, 500)}
+LOGPROBS = {tokens: cycle([random_logprobs(tokens, RNG) for _ in range(16)]) for tokens in TEXTS}
 
 
 def look(at: int) -> str:
