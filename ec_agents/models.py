@@ -4,9 +4,8 @@ It neither streams nor caches, and keeps its log-probabilities to itself: what a
 see of a response is the message with its packed token signals, 16 bytes a token instead of some 2 kB.
 """
 
-from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from inspect import signature
 from operator import is_
 from typing import Any, cast
@@ -20,15 +19,17 @@ from langchain_core.runnables.config import ensure_config, var_child_runnable_co
 from langchain_core.tracers._streaming import _StreamingCallbackHandler
 from langgraph.constants import TAG_NOSTREAM
 
-from ec_agents.candidates import TokenSignals
 from ec_agents.errors import ConfigError, UnsupportedLogprobs
-from ec_agents.logprobs import pack_logprobs, token_signals
+from ec_agents.logprobs import is_packed, pack_logprobs, token_signals
 
 SIGNALS_KEY = "ec_signals"
 """Where ``response_metadata`` holds the packed signals, or why there are none."""
 
-_ORDINARY = {"ls_structured_output_format", "structured_output_format"}
+_FOR_LANGCHAIN = {"ls_structured_output_format", "structured_output_format"}
 """Arguments that are meant for LangChain and not for the model."""
+
+_BOUND = 128
+"""Bindings that a copy keeps: those of the last step, at least."""
 
 _LOGPROBS_REFUSED = "unexpected keyword argument 'logprobs'"
 
@@ -64,21 +65,6 @@ def silent_model(model: object) -> tuple[BaseChatModel, dict[str, Any], Runnable
     return copy, bound, config
 
 
-def packed_signals(logprobs: Any) -> dict[str, Any]:
-    """The packed form of log-probabilities (``pack_logprobs``) as JSON, which callbacks may want to write down."""
-    packed = pack_logprobs(lambda: token_signals(logprobs))
-    return {**packed, "packed": b64encode(packed["packed"]).decode()} if "packed" in packed else packed
-
-
-def unpacked_signals(found: Mapping[str, Any]) -> TokenSignals:
-    """Undo ``packed_signals``.
-
-    Raises:
-        LogprobsError: There are none; the text says why.
-    """
-    return token_signals({**found, "packed": b64decode(found["packed"])} if "packed" in found else found)
-
-
 def is_stream(handler: object) -> bool:
     """Whether a callback handler feeds a stream of messages or events, as opposed to a tracer."""
     return isinstance(handler, _StreamingCallbackHandler)
@@ -105,12 +91,15 @@ class _Silent:
     async def ainvoke(self, input: Any, config: Any = None, *, stop: Any = None, **kwargs: Any) -> AIMessage:  # noqa: A002
         """The answer, past LangChain's callbacks where nobody listens: they cost more than all that is done here."""
         model, parent = cast("Any", self), cast("Any", super())
-        messages: list[BaseMessage] = model._convert_input(input).to_messages()  # noqa: SLF001 - it is this model's own
-        is_plain = all(isinstance(message.content, str) for message in messages)
-        if not is_plain or _ORDINARY & kwargs.keys() or _is_heard(model, config):
+        is_ordinary = model.rate_limiter is None and model.output_version in (None, "v0") and _is_plain(input)
+        if not is_ordinary or _FOR_LANGCHAIN & kwargs.keys() or _is_heard(model, config):
             return await parent.ainvoke(input, config, stop=stop, **kwargs)
-        result = await model._agenerate_with_cache(messages, stop=stop, **kwargs)  # noqa: SLF001 - as above
-        return result.generations[0].message
+        result: ChatResult = await model._agenerate(input, stop=stop, **kwargs)  # noqa: SLF001 - it is this model's own
+        [generation, *_] = result.generations
+        message = cast("AIMessage", generation.message)
+        known: dict[str, Any] = {**(result.llm_output or {}), **(generation.generation_info or {})}
+        message.response_metadata = {**known, **message.response_metadata}
+        return message
 
 
 class _Binding(RunnableBinding[Any, Any]):
@@ -154,6 +143,14 @@ def _silent(cls: type[BaseChatModel]) -> type[BaseChatModel]:
     return metaclass(cls.__name__, (_Silent, cls), {"_generate": _generate, "_agenerate": _agenerate, **names})
 
 
+def _is_plain(messages: object) -> bool:
+    """Whether a model can take the input as it is: messages, all of text."""
+    return isinstance(messages, list) and all(
+        isinstance(message, BaseMessage) and isinstance(message.content, str)
+        for message in cast("list[object]", messages)
+    )
+
+
 def _is_heard(model: Any, config: RunnableConfig | None) -> bool:
     """Whether a tracer, a counter or another callback wants to be told of a call."""
     callbacks = (config or {}).get("callbacks") or (var_child_runnable_config.get() or {}).get("callbacks")
@@ -168,8 +165,9 @@ def _bound_once(model: Any, bind: Callable[..., Any], tools: Sequence[Any], opti
         # A copy of the model has the list of the original.
         if found.bound is model and len(same) == len(tools) and all(map(is_, same, tools)) and given == options:
             return found
-    bound = bind(model, tools, **options)
+    bound = bind(tools, **options)
     if isinstance(bound, RunnableBinding):
+        del made[:-_BOUND]
         made.append((list(tools), options, cast("Any", bound)))
     return cast("Any", bound)
 
@@ -182,7 +180,8 @@ def _measured(result: ChatResult) -> ChatResult:
         metadata: dict[str, Any] = message.response_metadata
         if SIGNALS_KEY in metadata:
             continue
-        found = packed_signals(metadata.get("logprobs") or info.get("logprobs"))
+        logprobs = metadata.get("logprobs") or info.get("logprobs")
+        found = logprobs if is_packed(logprobs) else pack_logprobs(partial(token_signals, logprobs))
         message.response_metadata = {**_rest(metadata), SIGNALS_KEY: found}
         if "logprobs" in info:
             generation.generation_info = _rest(info)

@@ -13,6 +13,9 @@ from ec_agents.models import SIGNALS_KEY, silent_model
 from ec_agents.testing import Reply, ScriptedChatModel
 
 
+ASK = [HumanMessage("Ann has 2. How many has Ann?")]
+
+
 class Listener(AsyncCallbackHandler):
     def __init__(self) -> None:
         self.starts: list[Any] = []
@@ -35,10 +38,12 @@ def told(message: AIMessage) -> dict[str, Any]:
 
 async def test_both_ways_give_the_same_message():
     listener = Listener()
-    heard = await model().ainvoke("hi", {"callbacks": [listener]})
-    unheard = await model().ainvoke("hi")
+    heard = await model().ainvoke(ASK, {"callbacks": [listener]})
+    unheard = await model().ainvoke(ASK)
     assert len(listener.starts) == len(listener.ends) == 1
     assert told(heard) == told(unheard)
+    assert heard.id is not None
+    assert unheard.id is None  # LangChain names runs that somebody hears of
     assert SIGNALS_KEY in unheard.response_metadata
 
 
@@ -49,19 +54,19 @@ async def test_a_listener_is_told_wherever_it_was_given(place: str):
     bound = silent.bind(stop=["x"])
     config: RunnableConfig = {"callbacks": [listener]}
     if place == "binding":
-        await bound.with_config(config).ainvoke("hi")
+        await bound.with_config(config).ainvoke(ASK)
     elif place == "surroundings":
-        await RunnableLambda(bound.ainvoke).ainvoke("hi", config)
+        await RunnableLambda(bound.ainvoke).ainvoke(ASK, config)
     else:
-        await bound.ainvoke("hi", config if place == "config" else None)
+        await bound.ainvoke(ASK, config if place == "config" else None)
     assert len(listener.starts) == len(listener.ends) == 1
 
 
 async def test_a_usage_counter_of_the_context_counts():
     with get_usage_metadata_callback() as counter:
-        await EmbeddedChatModel(seed=1).ainvoke("Ann has 2. How many has Ann?")
+        await EmbeddedChatModel(seed=1).ainvoke(ASK)
         once = counter.usage_metadata["ec-agents-embedded"]["input_tokens"]
-        await silent_model(EmbeddedChatModel(seed=1))[0].ainvoke("Ann has 2. How many has Ann?")
+        await silent_model(EmbeddedChatModel(seed=1))[0].ainvoke(ASK)
     assert counter.usage_metadata["ec-agents-embedded"]["input_tokens"] == 2 * once
 
 
@@ -73,8 +78,12 @@ async def test_a_rate_limiter_is_waited_for():
             Counting.taken += 1
             return True
 
-    await model(rate_limiter=Counting(requests_per_second=1)).ainvoke("hi")
+    await model(rate_limiter=Counting(requests_per_second=1)).ainvoke(ASK)
     assert Counting.taken == 1
+
+
+async def test_a_text_and_a_prompt_are_messages_too():
+    assert (await model().ainvoke("hi")).content == "four tokens"
 
 
 async def test_content_in_parts_is_prepared_by_langchain():
