@@ -8,6 +8,7 @@ from importlib import import_module
 _HOMES = {
     "candidates": ("Candidate", "CandidateSet", "Selection", "Step", "TokenSignals", "Trajectory"),
     "chat_model": ("CentroidChatModel",),
+    "chat_openai": ("fast_logprobs",),
     "entropy": (
         "PRESETS",
         "PhaseConfig",
@@ -35,7 +36,7 @@ _HOMES = {
     "logprobs": ("choice_candidate", "response_candidates", "token_signals"),
     "middleware": ("EntropyCentroidMiddleware",),
     "messages": ("as_candidate", "message_candidate"),
-    "openai_client": ("OpenAIChatModel", "fast_logprobs"),
+    "openai_client": ("OpenAIChatModel",),
     "sampling": ("sample",),
     "scoring": (
         "SCORERS",

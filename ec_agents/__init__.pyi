@@ -17,6 +17,7 @@ from ec_agents.candidates import (
     Trajectory as Trajectory,
 )
 from ec_agents.chat_model import CentroidChatModel as CentroidChatModel
+from ec_agents.chat_openai import fast_logprobs as fast_logprobs
 from ec_agents.entropy import (
     PRESETS as PRESETS,
 )
@@ -101,12 +102,7 @@ from ec_agents.logprobs import (
 from ec_agents.messages import as_candidate as as_candidate
 from ec_agents.messages import message_candidate as message_candidate
 from ec_agents.middleware import EntropyCentroidMiddleware as EntropyCentroidMiddleware
-from ec_agents.openai_client import (
-    OpenAIChatModel as OpenAIChatModel,
-)
-from ec_agents.openai_client import (
-    fast_logprobs as fast_logprobs,
-)
+from ec_agents.openai_client import OpenAIChatModel as OpenAIChatModel
 from ec_agents.sampling import sample as sample
 from ec_agents.scoring import (
     SCORERS as SCORERS,

@@ -8,10 +8,12 @@ and then its action, or its final answer, as JSON in the content. What comes bac
 import json
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from operator import is_
 from typing import Any, Literal, cast
 
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
-from langchain_core.utils.function_calling import convert_to_openai_tool
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.json_schema import dereference_refs
 
 from ec_agents.errors import ActionError, ConfigError
@@ -23,9 +25,11 @@ THOUGHT_KEY = "thought"
 """Where ``additional_kwargs`` of a final answer holds the thought before it."""
 
 _INSTRUCTIONS = """Answer with one JSON object: first "thought", a text in which you think, then "action".
-"action" is either {{"tool": name, "arguments": {{…}}}}, to use a tool and see its result, or {{"final_answer": text}}.
+"action" is {forms}.
 Arguments that are not needed are null. The tools:
 {tools}"""
+_ONE_CALL = '{"tool": name, "arguments": {…}}, to use a tool and see its result'
+_CALLS = '{"calls": [{"tool": name, "arguments": {…}}, …]}, to use several at once'
 _KEPT = ("type", "enum", "const", "description")
 _TEXT: Json = {"type": "string"}
 
@@ -35,41 +39,75 @@ class JsonActions:
 
     Args:
         tools: Tools, functions, or tool dicts in OpenAI's form.
+        choice: As ``tool_choice``: ``"any"``, ``"required"`` or a tool's name leave no final answer; ``"none"``
+            leaves nothing else.
+        parallel: Whether one action may be several calls.
+        answer: Form of the final answer, as ``response_format``; None: a text.
 
     Raises:
-        ConfigError: A tool has no schema, as tools that the provider runs itself.
+        ConfigError: A tool has no schema, as tools that the provider runs itself; ``choice`` names no tool; ``answer``
+            has no schema.
     """
 
-    def __init__(self, tools: Sequence[Any]) -> None:
+    def __init__(self, tools: Sequence[Any], *, choice: Any = None, parallel: bool = True, answer: Any = None) -> None:
         functions = [_function(tool) for tool in tools]
         self._parameters = {f["name"]: dereference_refs(dict(f.get("parameters") or {})) for f in functions}
-        described = [{"tool": f["name"], "description": f.get("description", "")} for f in functions]
+        self._allowed, self._may_answer = _choice(choice, list(self._parameters))
+        self._answer = None if answer is None else _answer_schema(answer)
+        self._parallel = parallel and bool(self._allowed) and (self._may_answer or len(self._allowed) > 1)
         lines = [
-            json.dumps({**tool, "arguments": self._parameters[tool["tool"]].get("properties", {})}, ensure_ascii=False)
-            for tool in described
+            json.dumps(
+                {
+                    "tool": f["name"],
+                    "description": f.get("description", ""),
+                    "arguments": self._parameters[f["name"]].get("properties", {}),
+                },
+                ensure_ascii=False,
+            )
+            for f in functions
+            if f["name"] in self._allowed
         ]
-        self._instructions = _INSTRUCTIONS.format(tools="\n".join(lines))
+        self._instructions = _INSTRUCTIONS.format(forms=self._forms(), tools="\n".join(lines))
+        self._encoded: tuple[list[BaseMessage], list[BaseMessage]] = ([], [])
+
+    def _forms(self) -> str:
+        """The kinds of actions, as the model is told of them."""
+        text = "text" if self._answer is None else json.dumps(self._answer.get("properties", {}), ensure_ascii=False)
+        forms = [_ONE_CALL] if self._allowed else []
+        forms += [_CALLS] if self._parallel else []
+        forms += [f'{{"final_answer": {text}}}'] if self._may_answer else []
+        return ", or ".join(forms)
 
     @property
     def response_format(self) -> dict[str, Any]:
         """The ``response_format`` of the request."""
-        actions = [
-            _object({"tool": {"type": "string", "enum": [name]}, "arguments": _strict_object(parameters)})
-            for name, parameters in self._parameters.items()
+        kinds = [
+            _object({"tool": {"type": "string", "enum": [name]}, "arguments": _strict_object(self._parameters[name])})
+            for name in self._allowed
         ]
-        answer = _object({"final_answer": _TEXT})
-        schema = _object({"thought": _TEXT, "action": {"anyOf": [*actions, answer]}})
+        if self._parallel:
+            kinds.append(_object({"calls": {"type": "array", "items": {"anyOf": list(kinds)}}}))
+        if self._may_answer:
+            kinds.append(_object({"final_answer": _TEXT if self._answer is None else strict_schema(self._answer)}))
+        schema = _object({"thought": _TEXT, "action": {"anyOf": kinds}})
         return {"type": "json_schema", "json_schema": {"name": "action", "strict": True, "schema": schema}}
 
     def encode(self, messages: Sequence[BaseMessage]) -> list[BaseMessage]:
         """The conversation with every action and result as text, and the instructions in the first message."""
+        same, encoded = self._encoded  # of the N calls of a step, all but the first find their messages here
+        if len(same) != len(messages) or not all(map(is_, same, messages)):
+            encoded = self._encode(messages)
+            self._encoded = list(messages), encoded
+        return list(encoded)
+
+    def _encode(self, messages: Sequence[BaseMessage]) -> list[BaseMessage]:
         first = messages[0].text if messages and isinstance(messages[0], SystemMessage) else None
         text = "\n\n".join(filter(None, (first, self._instructions)))
         encoded: list[BaseMessage] = [SystemMessage(text)]
         previous: BaseMessage | None = None
         for message in messages if first is None else messages[1:]:
             if isinstance(message, AIMessage):
-                encoded.append(AIMessage(_written(message)))
+                encoded.append(AIMessage(self._written(message)))
             elif isinstance(message, ToolMessage):
                 results = encoded.pop() if isinstance(previous, ToolMessage) else None
                 encoded.append(_with_result(results, message))
@@ -78,8 +116,19 @@ class JsonActions:
             previous = message
         return encoded
 
+    def _written(self, message: AIMessage) -> str:
+        """A message of the model as it would write it in JSON."""
+        calls = [{"tool": call["name"], "arguments": call["args"]} for call in message.tool_calls]
+        if calls:
+            return _dump(message.text, calls[0] if len(calls) == 1 else {"calls": calls})
+        answer: Any = message.text
+        if self._answer is not None:
+            with suppress(ValueError):
+                answer = json.loads(answer)
+        return _dump(message.additional_kwargs.get(THOUGHT_KEY, ""), {"final_answer": answer})
+
     def decode(self, message: AIMessage) -> AIMessage:
-        """The message with its JSON turned into a tool call or a final answer; the rest of it stays.
+        """The message with its JSON turned into tool calls or a final answer; the rest of it stays.
 
         A refusal, and an answer that was cut off, stay as they are.
 
@@ -90,13 +139,19 @@ class JsonActions:
             return message
         thought, action = _read(message.text)
         if "final_answer" in action:
+            answer = action["final_answer"]
+            if self._answer is not None:
+                answer = json.dumps(_restored(answer, self._answer), ensure_ascii=False)
             kept: dict[str, Any] = {**message.additional_kwargs, THOUGHT_KEY: thought}
-            return message.model_copy(update={"content": str(action["final_answer"]), "additional_kwargs": kept})
-        name, arguments = action["tool"], action.get("arguments")
+            return message.model_copy(update={"content": str(answer), "additional_kwargs": kept})
+        calls = [self._tool_call(call) for call in action.get("calls") or [action]]
+        return message.model_copy(update={"content": thought, "tool_calls": calls})
+
+    def _tool_call(self, call: Json) -> dict[str, Any]:
+        name, arguments = call["tool"], call.get("arguments")
         schema = self._parameters.get(name, {})
         args: Any = _restored(arguments, {"properties": {}, **schema}) if isinstance(arguments, dict) else {}
-        call: dict[str, Any] = {"name": name, "args": args, "id": f"call_{uuid.uuid4().hex}", "type": "tool_call"}
-        return message.model_copy(update={"content": thought, "tool_calls": [call]})
+        return {"name": name, "args": args, "id": f"call_{uuid.uuid4().hex}", "type": "tool_call"}
 
 
 def strict_schema(schema: Json) -> dict[str, Any]:
@@ -190,12 +245,42 @@ def _function(tool: Any) -> dict[str, Any]:
     return converted["function"]
 
 
+def _answer_schema(response_format: Any) -> Json:
+    """The JSON schema of a ``response_format``."""
+    if isinstance(response_format, type):
+        return dereference_refs(convert_to_json_schema(response_format))
+    try:
+        return dereference_refs(response_format["json_schema"]["schema"])
+    except (KeyError, TypeError):
+        raise ConfigError(
+            "actions as JSON are a response_format themselves, and take another one for the final answer if it has "
+            f"a json_schema; found {response_format!r:.80}; give it one, or use action_format='native'"
+        ) from None
+
+
+def _choice(choice: Any, names: list[str]) -> tuple[list[str], bool]:
+    """Which tools a ``tool_choice`` leaves, and whether it leaves the final answer."""
+    if isinstance(choice, Mapping):
+        found = cast("Mapping[str, Any]", choice)
+        choice = found.get("function", found).get("name") or found.get("type")
+    if not choice or choice == "auto":
+        return names, True
+    if choice == "none":
+        return [], True
+    if choice in (True, "any", "required"):
+        return names, False
+    if choice in names:
+        return [choice], False
+    raise ConfigError(f"tool_choice names no tool that is bound: {choice!r}; bound are {', '.join(names)}")
+
+
 def _read(text: str) -> tuple[str, Json]:
     """Thought and action of an answer."""
     try:
         data = json.loads(text, strict=False)
         action = data["action"]
-        if "final_answer" in action or isinstance(action["tool"], str):
+        calls = action.get("calls", [action])
+        if "final_answer" in action or (calls and all(isinstance(call["tool"], str) for call in calls)):
             return str(data.get("thought") or ""), action
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
@@ -203,15 +288,6 @@ def _read(text: str) -> tuple[str, Json]:
         f"the JSON action that response_format asks for is needed; found {text!r:.120}; does this server support "
         "response_format json_schema? if not, use action_format='native' with a server that measures tool calls"
     )
-
-
-def _written(message: AIMessage) -> str:
-    """A message of the model as it would write it in JSON; several calls become several lines."""
-    if not message.tool_calls:
-        thought = message.additional_kwargs.get(THOUGHT_KEY, "")
-        return _dump(thought, {"final_answer": message.text})
-    calls = [{"tool": call["name"], "arguments": call["args"]} for call in message.tool_calls]
-    return "\n".join(_dump("" if i else message.text, call) for i, call in enumerate(calls))
 
 
 def _dump(thought: str, action: Json) -> str:

@@ -1,8 +1,11 @@
 """Stage 5 - act: N answers, one chosen, behind LangChain's chat model interface."""
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from typing import Any, cast
 
 from langchain_core.callbacks import (
@@ -11,29 +14,35 @@ from langchain_core.callbacks import (
     CallbackManagerForLLMRun,
     UsageMetadataCallbackHandler,
 )
-from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.language_models import LangSmithParams, LanguageModelInput
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import ensure_config
 from langchain_core.tools import BaseTool
 from langsmith import tracing_context  # pyright: ignore[reportUnknownVariableType]
 from pydantic import PrivateAttr
 
-from ec_agents.candidates import Candidate
-from ec_agents.drawing import refuse_equal_candidates, seeded
+from ec_agents.actions import ActionFormat
+from ec_agents.candidates import Candidate, CandidateSet, Selection
+from ec_agents.chunks import OneChunkModel
+from ec_agents.drawing import StepModel, StepRequest, calling
 from ec_agents.errors import ConfigError
-from ec_agents.loops import loop_safe
-from ec_agents.messages import bound_action_problem, logprobs_settings, message_candidate
-from ec_agents.models import silent_model
+from ec_agents.messages import bound_action_problem, message_candidate
+from ec_agents.recording import record_step, step_name
 from ec_agents.sampling import check_sampling, run_blocking, sample
 from ec_agents.selection import Selector
-from ec_agents.step import chosen_message, decide, draw, stream_writer
+from ec_agents.step import chosen_message, decide, stream_writer
+from ec_agents.trace import TraceWriter
 from ec_agents.waiting import SamplingPolicy
+
+_REMEMBERED = 1000
+"""Runs whose last number is remembered."""
 
 RunManager = AsyncCallbackManagerForLLMRun | CallbackManagerForLLMRun
 
 
-class CentroidChatModel(BaseChatModel):
+class CentroidChatModel(OneChunkModel):
     """A chat model that asks another one N times and answers with the chosen response.
 
     Any code that takes a chat model can take it. Inside ``create_agent``, ``EntropyCentroidMiddleware`` is the better
@@ -44,7 +53,10 @@ class CentroidChatModel(BaseChatModel):
 
     Raises:
         ConfigError: A field is out of range, or ``model`` is no chat model. On a call: the temperature is 0 with
-            several candidates.
+            several candidates, or there is no JSON form of the tools.
+        UnsupportedLogprobs: On a call, before anything is sent: the provider cannot return what is to be measured.
+        LogprobsMissing: On a call: the first responses of a server show that it does not return it.
+        ActionError: On a call: no answer is the JSON that was asked for, or the server refuses to be asked for it.
         SamplingError: On a call: fewer than ``min_candidates`` calls succeeded.
         SelectionError: On a call: nothing could be scored, and the selector's fallback is ``"raise"``.
 
@@ -64,6 +76,9 @@ class CentroidChatModel(BaseChatModel):
     """A ``Selector``: how to choose; None takes the lowest entropy centroid."""
     top_logprobs: int | None = 20
     """Alternatives to ask for at each token; None asks for nothing."""
+    action_format: str = "auto"
+    """With tools: ``native`` tool calls; ``json``: actions as JSON in the content, where their tokens are measured;
+    ``auto``: ``json`` where tool calls carry no log-probabilities."""
     policy: Any = None
     """A ``SamplingPolicy``: what a call needs and how long it waits; None waits for all N."""
     min_candidates: int | None = None
@@ -82,22 +97,26 @@ class CentroidChatModel(BaseChatModel):
     """Sent with each call; None leaves it to the model."""
     trace_candidates: bool = False
     """Whether tracers see the N calls, as children of this one."""
+    trace: Any = None
+    """A ``TraceWriter``: records every call as a step.
 
-    _asked: BaseChatModel = PrivateAttr()
-    _bound: dict[str, Any] = PrivateAttr()
-    _config: RunnableConfig = PrivateAttr()
+    ``metadata`` of the configuration may name the run (``ec_run``) and its task (``ec_task``); otherwise a run is what
+    has one ``thread_id``, or one conversation. Its steps are numbered as they are recorded."""
+
+    _step: StepModel = PrivateAttr()
+    _numbers: dict[str, Iterator[int]] = PrivateAttr(default_factory=dict[str, Iterator[int]])
 
     def __init__(self, model: Runnable[LanguageModelInput, AIMessage] | None = None, **fields: Any) -> None:
         fields |= {"model": model}
         super().__init__(**fields)
         # Here rather than in pydantic's validators, which would turn ConfigError into their own ValidationError, and
         # cannot describe the protocols that a selector holds.
-        for name, kind in (("selector", Selector), ("policy", SamplingPolicy)):
+        for name, kind in (("selector", Selector), ("policy", SamplingPolicy), ("trace", TraceWriter)):
             found = getattr(self, name)
             if not isinstance(found, kind | None):
                 raise ConfigError(f"{name} must be a {kind.__name__} or None; found {type(found).__name__}")
-        model, self._bound, self._config = silent_model(self.model)
-        self._asked = loop_safe(model)
+        action_format = cast("ActionFormat", self.action_format)
+        self._step = StepModel(self.model, top_logprobs=self.top_logprobs, action_format=action_format)
         self._policy()
 
     def bind_tools(
@@ -109,8 +128,7 @@ class CentroidChatModel(BaseChatModel):
     ) -> Runnable[LanguageModelInput, AIMessage]:
         """The model with tools, in the form that the asked model binds them in."""
         choice = {} if tool_choice is None else {"tool_choice": tool_choice}
-        prepared: Any = self._asked.bind_tools(tools, **choice, **kwargs)
-        return self.bind(**{**self._bound, **prepared.kwargs})
+        return self.bind(**self._step.with_tools(tools, **choice, **kwargs))
 
     @property
     def _llm_type(self) -> str:
@@ -118,12 +136,12 @@ class CentroidChatModel(BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        asked = self._asked._identifying_params  # noqa: SLF001 - a wrapper passes them on
+        asked = self._step.model._identifying_params  # noqa: SLF001 - a wrapper passes them on
         return {**asked, "n": self.n}
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        options = {**self._options(stop), **self._bound, **kwargs}
-        params = self._asked._get_ls_params(**options)  # noqa: SLF001 - a wrapper passes them on
+        options = {**self._options(stop), **self._step.options, **kwargs}
+        params = self._step.model._get_ls_params(**options)  # noqa: SLF001 - a wrapper passes them on
         known = {"ls_temperature": "temperature", "ls_max_tokens": "max_tokens", "ls_model_name": "model"}
         given = {key: options[name] for key, name in known.items() if options.get(name) is not None}
         return cast("LangSmithParams", {**params, **given})
@@ -146,30 +164,6 @@ class CentroidChatModel(BaseChatModel):
     ) -> ChatResult:
         return await self._choose(messages, run_manager, {**self._options(stop), **kwargs})
 
-    def _stream(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> Iterator[ChatGenerationChunk]:
-        chunk = _chunk(self._generate(messages, stop, run_manager, **kwargs))
-        if run_manager:
-            run_manager.on_llm_new_token(str(chunk.text), chunk=chunk)
-        yield chunk
-
-    async def _astream(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> AsyncIterator[ChatGenerationChunk]:
-        chunk = _chunk(await self._agenerate(messages, stop, run_manager, **kwargs))
-        if run_manager:
-            await run_manager.on_llm_new_token(str(chunk.text), chunk=chunk)
-        yield chunk
-
     def _options(self, stop: list[str] | None) -> dict[str, Any]:
         """What is sent with each call, as far as it is given."""
         options = {"temperature": self.temperature, "max_tokens": self.max_tokens, "stop": stop or self.stop or None}
@@ -183,29 +177,51 @@ class CentroidChatModel(BaseChatModel):
         self, messages: list[BaseMessage], run_manager: RunManager | None, options: dict[str, Any]
     ) -> ChatResult:
         """Ask N times, and give the chosen message."""
-        model = self._asked
-        options = {**logprobs_settings(self.top_logprobs), **self._bound, **options}
-        refuse_equal_candidates(options.get("temperature", getattr(model, "temperature", None)), self.n)
+        started = time.perf_counter()
+        options = {**self._step.options, **options}
         # Not through a binding, which would add the callbacks of whatever runs around it.
-        config: RunnableConfig = {**self._config, **self._callbacks(run_manager)}
-        variants = seeded(model, options, self.n)
-
-        def call(index: int) -> Any:
-            asked, sent = variants[index % len(variants)]
-            return asked.ainvoke(messages, config, **sent)
+        config: RunnableConfig = {**self._step.config, **self._callbacks(run_manager)}
+        ask, write = calling(messages, config), stream_writer()
 
         def parse(message: AIMessage, index: int) -> Candidate:
             return _checked(message_candidate(message, index), options.get("tools") or ())
 
-        write = stream_writer()
         # Without this, tracing that the environment switches on would show the N calls as runs of their own.
         with tracing_context(enabled=None if self.trace_candidates else False):
             sampling = partial(sample, policy=self._policy())
-            drawn = await draw(sampling, call, n=self.n, model=model.bind(**options), write=write, parse=parse)
+            drawn = await StepRequest(self._step, options, self.n).draw(sampling, ask, write=write, parse=parse)
+        seconds = time.perf_counter() - started
         selection, record, _ = decide(self.selector or Selector(), drawn, write)
+        if self.trace is not None:
+            record |= await self._recorded(messages, drawn, selection, run_manager, seconds)
         message = chosen_message(drawn.messages[selection.chosen], record)
         message.id = None if run_manager is None else f"lc_run--{run_manager.run_id}"
         return ChatResult(generations=[ChatGeneration(message=message)])
+
+    async def _recorded(
+        self,
+        messages: list[BaseMessage],
+        drawn: CandidateSet,
+        selection: Selection,
+        run_manager: RunManager | None,
+        seconds: float,
+    ) -> dict[str, Any]:
+        """Write the step into the trace; its name.
+
+        The step before is the last one that the conversation shows. Where it shows none, this object knows how many it
+        has recorded of the run.
+        """
+        around = ensure_config()
+        metadata = {**around.get("metadata", {}), **(run_manager.metadata if run_manager else {})}
+        config: RunnableConfig = {**around, "metadata": metadata}
+        name = step_name(config, _shown_step(messages))
+        numbers = self._numbers.setdefault(name["run"], count())
+        name["step"] = next(number for number in numbers if number >= name["step"])
+        if len(self._numbers) > _REMEMBERED:
+            self._numbers.pop(next(iter(self._numbers)), None)
+        before = {**name, "step": name["step"] - 1}
+        write = partial(record_step, config=config, previous=before, seconds=seconds)
+        return await asyncio.to_thread(write, self.trace, drawn, selection)
 
     def _callbacks(self, run_manager: RunManager | None) -> RunnableConfig:
         """Who is told of the N calls.
@@ -221,11 +237,10 @@ class CentroidChatModel(BaseChatModel):
         return {"callbacks": AsyncCallbackManager(told, told, run_manager.run_id)}
 
 
-def _chunk(result: ChatResult) -> ChatGenerationChunk:
-    """The chosen message as a stream of one chunk."""
-    message = cast("AIMessage", result.generations[0].message)
-    fields = {name: getattr(message, name) for name in type(message).model_fields if name != "type"}
-    return ChatGenerationChunk(message=AIMessageChunk(**fields, chunk_position="last"))
+def _shown_step(messages: Sequence[BaseMessage]) -> dict[str, Any] | None:
+    """The name of the last step in a conversation that has one."""
+    records = (message.response_metadata.get("ec_agents", {}) for message in reversed(messages))
+    return next((record for record in records if "run" in record), None)
 
 
 def _checked(candidate: Candidate, tools: Sequence[Any]) -> Candidate:

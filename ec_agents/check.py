@@ -150,7 +150,7 @@ class _Trial:
         what = "log-probabilities of plain answers"
         try:
             responses = [await self._ask(_TALK) for _ in range(2)]
-            verdict = self._verify([r for response in responses for r in _candidates(response)], responses, tools=False)
+            verdict = self._verify([r for response in responses for r in _candidates(response)], tools=False)
         except openai.OpenAIError as error:
             if _refused(error) and self._k > _FEW:
                 return await self._with_few(what, error)
@@ -192,7 +192,7 @@ class _Trial:
         if not candidates[0].tool_calls:
             found = "the model called no tool, so nothing is known"
             return Finding(what=what, works=None, found=found, advice="try a model that calls tools")
-        verdict = self._verify(candidates, [response], tools=True)
+        verdict = self._verify(candidates, tools=True)
         finding = self._judged(what, verdict)
         return finding if finding.works else replace(finding, advice=json_advice)
 
@@ -213,7 +213,7 @@ class _Trial:
             actions.decode(AIMessage(candidate.content))
         except ActionError as error:
             return Finding(what=what, works=False, found=_words(error), advice=advice)
-        return self._judged(what, verify([candidate], _payloads([response]), top_logprobs=self._k))
+        return self._judged(what, verify([candidate], top_logprobs=self._k))
 
     async def _ask(self, prompt: Any, **options: Any) -> dict[str, Any]:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -233,10 +233,8 @@ class _Trial:
     async def _page(self, path: str) -> Any:
         return await self._client.get(path, cast_to=object, options={"max_retries": 0, "timeout": 10})
 
-    def _verify(
-        self, candidates: Sequence[Candidate], responses: Sequence[Mapping[str, Any]], *, tools: bool
-    ) -> Verdict | None:
-        verdict = verify(candidates, _payloads(responses), top_logprobs=self._k)
+    def _verify(self, candidates: Sequence[Candidate], *, tools: bool) -> Verdict | None:
+        verdict = verify(candidates, top_logprobs=self._k)
         if verdict is not None:
             remember(self.endpoint, verdict, tools=tools)
         return verdict
@@ -271,10 +269,6 @@ def _candidates(response: Mapping[str, Any]) -> list[Candidate]:
     found = response_candidates(response)
     counts = {"output_tokens": usage.get("completion_tokens") or 0} if len(found) == 1 else None
     return [replace(candidate, usage=counts) for candidate in found]
-
-
-def _payloads(responses: Sequence[Mapping[str, Any]]) -> list[object]:
-    return [choice.get("logprobs") for response in responses for choice in response["choices"]]
 
 
 def _refused(error: Exception) -> bool:

@@ -5,7 +5,7 @@ a crash there does not pay for the N calls again; only the chosen message enters
 """
 
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal, TypedDict
@@ -20,7 +20,7 @@ from langchain_core.messages import (
     messages_from_dict,
 )
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.config import ensure_config
+from langchain_core.runnables.config import ensure_config, merge_configs
 from langchain_core.tools import BaseTool
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.constants import END, START
@@ -32,7 +32,7 @@ from langgraph.store.base import BaseStore
 
 from ec_agents.actions import ActionFormat
 from ec_agents.candidates import FORMAT, Candidate, CandidateSet
-from ec_agents.drawing import StepModel
+from ec_agents.drawing import StepModel, StepRequest, calling
 from ec_agents.errors import FailedCall, StateError
 from ec_agents.messages import (
     describe_failure,
@@ -43,7 +43,7 @@ from ec_agents.messages import (
 from ec_agents.recording import record_step
 from ec_agents.sampling import check_sampling, run_blocking, sample
 from ec_agents.selection import Selector
-from ec_agents.step import Write, announce, chosen_message, decide, draw, packed, stream_writer, unpacked
+from ec_agents.step import Write, announce, chosen_message, decide, packed, stream_writer, unpacked
 from ec_agents.trace import TraceWriter
 from ec_agents.waiting import SamplingPolicy
 
@@ -83,6 +83,7 @@ class SamplingNode(Runnable[Any, dict[str, Any]]):
             candidates.
         UnsupportedLogprobs: The provider cannot return what is to be measured; also at run time.
         LogprobsMissing: At run time: the first responses of a server show that it does not return it.
+        ActionError: At run time: no answer is the JSON that was asked for, or the server refuses to be asked for it.
         SamplingError: At run time: fewer than ``min_candidates`` calls succeeded.
     """
 
@@ -104,7 +105,9 @@ class SamplingNode(Runnable[Any, dict[str, Any]]):
         self.name = "sample"
         self.n = n
         self._sample = partial(sample, policy=policy)
-        self._model = StepModel(model, tools, n=n, top_logprobs=top_logprobs, action_format=action_format)
+        self._model = StepModel(model, top_logprobs=top_logprobs, action_format=action_format)
+        self._request = StepRequest(self._model, self._model.with_tools(tools) if tools else self._model.options, n)
+        self._request.refuse()
         self._tools = _tools_by_name(tools)
         self._prompt = [SystemMessage(system_prompt)] if isinstance(system_prompt, str) else [system_prompt]
 
@@ -121,12 +124,8 @@ class SamplingNode(Runnable[Any, dict[str, Any]]):
         started = time.perf_counter()
         prompt = [message for message in self._prompt if message is not None]
         messages: list[BaseMessage] = [*prompt, *state["messages"]]
-
-        async def run(call: Callable[[int], Awaitable[AIMessage]]) -> CandidateSet:
-            model = self._model.prepared
-            return await draw(self._sample, call, n=self.n, model=model, write=write, parse=self._parse)
-
-        drawn = await self._model.draw(messages, config, run)
+        ask = calling(messages, merge_configs(self._model.config, config))
+        drawn = await self._request.draw(self._sample, ask, write=write, parse=self._parse)
         return {"ec_candidates": {**pack_candidates(drawn), "seconds": time.perf_counter() - started}}
 
     def _parse(self, response: AIMessage, index: int) -> Candidate:
@@ -280,6 +279,7 @@ def pack_candidates(drawn: CandidateSet) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "failures": failures,
+        "spent": dict(drawn.spent),
         "packed": packed(rows),
     }
 
@@ -304,6 +304,7 @@ def unpack_candidates(state: Mapping[str, Any] | None) -> CandidateSet:
         candidates=candidates,
         messages={c.index: message for c, message in zip(candidates, messages, strict=True)},
         failures={int(i): FailedCall(text) for i, text in state.get("failures", {}).items()},
+        spent=state.get("spent", {}),
     )
 
 

@@ -10,7 +10,7 @@ import openai
 from langchain_core.language_models import BaseChatModel
 from openai.resources.chat.completions import AsyncCompletions
 
-from ec_agents.openai_client import fast_logprobs
+from ec_agents.chat_openai import fast_logprobs
 from ec_agents.transport import ClientPerLoop
 
 _Model = TypeVar("_Model", bound=BaseChatModel)

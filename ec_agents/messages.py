@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from ec_agents.candidates import Candidate, CandidateSet, Selection
 from ec_agents.errors import FailedCall, LogprobsError, LogprobsMalformed
 from ec_agents.logprobs import choice_candidate, response_candidates, token_signals
-from ec_agents.models import SIGNALS_KEY, silent_model, unpacked_signals
+from ec_agents.models import SIGNALS_KEY, silent_model
 
 SHOWN_CHARACTERS = 400
 """Most characters of each candidate's text that the decision in the state shows; every checkpoint has a copy of it."""
@@ -56,8 +56,7 @@ def message_candidate(message: AIMessage, index: int) -> Candidate:
     metadata: dict[str, Any] = message.response_metadata
     flaws: dict[str, str] = {}
     try:
-        packed = metadata.get(SIGNALS_KEY)
-        signals = token_signals(metadata.get("logprobs")) if packed is None else unpacked_signals(packed)
+        signals = token_signals(metadata.get(SIGNALS_KEY) or metadata.get("logprobs"))
     except LogprobsError as error:
         signals = None
         flaws["no_signal"] = str(error)
@@ -149,7 +148,7 @@ def without_logprobs(message: AIMessage) -> AIMessage:
 def decision_record(drawn: CandidateSet, selection: Selection) -> dict[str, Any]:
     """The evidence of a choice as builtins, small enough to stay on the message: ``response_metadata["ec_agents"]``."""
     failures = {str(i): describe_failure(failure) for i, failure in drawn.failures.items()}
-    return {**selection.to_builtins(), "failures": failures, "usage": total_usage(drawn.candidates)}
+    return {**selection.to_builtins(), "failures": failures, "usage": total_usage(drawn)}
 
 
 def outline(candidate: Candidate) -> dict[str, Any]:
@@ -169,10 +168,10 @@ def shortened(found: dict[str, Any]) -> dict[str, Any]:
     return found if len(text) <= SHOWN_CHARACTERS else {**found, "content": f"{text[:half]} … {text[-half:]}"}
 
 
-def total_usage(candidates: Sequence[Candidate]) -> dict[str, int]:
-    """Tokens of all candidates together, as far as they are reported."""
-    total: dict[str, int] = {}
-    for candidate in candidates:
+def total_usage(drawn: CandidateSet) -> dict[str, int]:
+    """Tokens of all candidates together, and of responses that were thrown away, as far as they are reported."""
+    total = dict(drawn.spent)
+    for candidate in drawn.candidates:
         for key, count in (candidate.usage or {}).items():
             total[key] = total.get(key, 0) + count
     return total

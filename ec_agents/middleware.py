@@ -7,6 +7,7 @@ it: whatever comes after it runs once for each of the N candidates.
 import asyncio
 import operator
 import sys
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -14,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, NotRequired, cast
 
-import msgspec
 from langchain_core.messages import AIMessage, BaseMessage, ToolMessage, message_to_dict, messages_from_dict
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config
@@ -22,27 +22,37 @@ from langchain_core.tools import BaseTool
 from langgraph.func import task
 from langgraph.types import Command
 
+from ec_agents.actions import ActionFormat
 from ec_agents.candidates import Candidate, CandidateSet
-from ec_agents.drawing import refuse_equal_candidates, seeded
-from ec_agents.errors import ConfigError, StateError
-from ec_agents.messages import invalid_action, logprobs_settings, message_candidate, without_logprobs
-from ec_agents.models import SIGNALS_KEY, silent_model
+from ec_agents.drawing import StepModels, StepRequest, Variants
+from ec_agents.errors import ConfigError
+from ec_agents.messages import invalid_action, message_candidate, without_logprobs
+from ec_agents.models import SIGNALS_KEY
+from ec_agents.recording import record_step
 from ec_agents.sampling import check_sampling, run_blocking, sample
 from ec_agents.selection import Selector
-from ec_agents.step import Write, announce, chosen_message, decide, draw, stream_writer
+from ec_agents.step import Write, announce, chosen_message, decide, packed, stream_writer, unpacked
+from ec_agents.trace import TraceWriter
 from ec_agents.waiting import SamplingPolicy
 
 try:
     from langchain.agents import AgentState
     from langchain.agents.middleware import AgentMiddleware, ExtendedModelResponse, ModelRequest, ModelResponse
     from langchain.agents.middleware.types import PrivateStateAttr
-    from langchain.agents.structured_output import StructuredOutputError, StructuredOutputValidationError
+    from langchain.agents.structured_output import (
+        ProviderStrategy,
+        StructuredOutputError,
+        StructuredOutputValidationError,
+    )
 except ImportError as error:
     raise ImportError("the middleware needs langchain: pip install 'ec-agents[langchain]'") from error
 
 Request = ModelRequest[Any]
 Response = ModelResponse[Any]
 Stored = tuple[bytes, Any]
+
+_TASK = "ec_sample"
+"""Name of the LangGraph tasks of a durable step."""
 
 _FOREIGN = (
     "it is not from the model that was sampled: a middleware after EntropyCentroidMiddleware answered, or changed the "
@@ -56,6 +66,18 @@ class CentroidAgentState(AgentState[Any]):
     # LangGraph finds a reducer only in the last place.
     ec_decisions: NotRequired[Annotated[list[dict[str, Any]], PrivateStateAttr, operator.add]]
     """One record a step; the same is in the message's ``response_metadata["ec_agents"]``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """What a step has from its beginning to its end."""
+
+    request: Request
+    asks: StepRequest
+    n: int
+    config: RunnableConfig
+    write: Write
+    started: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +101,8 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
             or in ``config["configurable"]`` goes before both.
         selector: How to choose; by default the lowest entropy centroid.
         top_logprobs: Alternatives to ask for at each token; None asks for nothing and leaves the model as it is.
+        action_format: ``native`` tool calls; ``json``: actions as JSON in the content, where their tokens are measured;
+            ``auto``: ``json`` where tool calls carry no log-probabilities.
         policy: What a step needs and how long it waits.
         min_candidates: Instead of the policy's: fewer successful calls than this are an error.
         timeout: Instead of the policy's: seconds that one call may take. Synchronous calls cannot be cut off: the agent
@@ -86,11 +110,16 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         max_concurrency: Instead of the policy's: at most so many calls at once.
         durable: Make each call a LangGraph task, so that a run that crashed repeats only the missing calls, and an
             interrupt in the same step does not draw again. Needs a checkpointer.
+        trace: Records every step. ``metadata`` of the configuration may name the run (``ec_run``) and its task
+            (``ec_task``).
 
     Raises:
         ConfigError: An argument is out of range. At run time: so is the number of candidates; the temperature is 0 with
             several; ``durable`` cannot work; the step is run again after a person was asked; a middleware after this
-            one changes the state.
+            one changes the state; there is no JSON form of the tools.
+        UnsupportedLogprobs: At run time, before anything is sent: the provider cannot return what is to be measured.
+        LogprobsMissing: At run time: the first responses of a server show that it does not return it.
+        ActionError: At run time: no answer is the JSON that was asked for, or the server refuses to be asked for it.
         SamplingError: At run time: fewer than ``min_candidates`` calls succeeded.
         SelectionError: At run time: nothing could be scored, and the selector's fallback is ``"raise"``.
 
@@ -112,18 +141,21 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         selector: Selector | None = None,
         *,
         top_logprobs: int | None = 20,
+        action_format: ActionFormat = "auto",
         policy: SamplingPolicy | None = None,
         min_candidates: int | None = None,
         timeout: float | None = None,
         max_concurrency: int | None = None,
         durable: bool = False,
+        trace: TraceWriter | None = None,
     ) -> None:
         super().__init__()
         limits = {"min_candidates": min_candidates, "timeout": timeout, "max_concurrency": max_concurrency}
         self.n = n
         self.selector = selector or Selector()
         self.durable = durable
-        self._settings = logprobs_settings(top_logprobs)
+        self.trace = trace
+        self._models = StepModels(top_logprobs=top_logprobs, action_format=action_format)
         self._check = partial(check_sampling, policy=policy, **limits)
         self._sample = partial(sample, policy=policy, **limits)
         self._check(sys.maxsize if callable(n) else n)
@@ -131,67 +163,84 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
     async def awrap_model_call(  # noqa: D102 - inherited
         self, request: Request, handler: Callable[[Request], Awaitable[Response]]
     ) -> ExtendedModelResponse[Any]:
-        n, write, prepared, callbacks = self._prepare(request)
+        step = self._begin(request)
 
-        async def answer(index: int) -> _Answer:
-            try:
-                return _answer(request, await handler(prepared[index % len(prepared)]), index)
-            except StructuredOutputError as error:
-                return _unparsed(error, index)
+        def ask(variants: Variants) -> Callable[[int], Awaitable[_Answer]]:
+            requests, tools = _requests(request, variants), _checked_tools(request)
 
-        async def stored(index: int) -> Stored:
-            return _pack(await answer(index))
+            async def answer(index: int) -> _Answer:
+                try:
+                    return _answer(await handler(requests[index % len(requests)]), index, tools)
+                except StructuredOutputError as error:
+                    return _unparsed(error, index)
 
-        async def restored(index: int) -> _Answer:
-            return _unpack(await task(name="ec_sample")(stored)(index), index)
+            async def stored(index: int) -> Stored:
+                return _pack(await answer(index))
 
-        call = restored if self.durable else answer
-        drawn = await draw(self._sample, call, n=n, model=prepared[0].model, write=write, parse=_candidate)
-        return await self._conclude(request, handler, drawn, write, callbacks)
+            async def restored(index: int) -> _Answer:
+                return _unpack(await task(name=_TASK)(stored)(index), index)
+
+            return restored if self.durable else answer
+
+        async def form() -> bool:
+            return step.asks.writes_json()
+
+        as_json = await task(name=_TASK)(form)() if self._keeps_form(step) else None
+        drawn = await step.asks.draw(self._sample, ask, write=step.write, parse=_candidate, begins_as_json=as_json)
+        return await self._conclude(step, handler, drawn)
 
     def wrap_model_call(  # noqa: D102 - inherited
         self, request: Request, handler: Callable[[Request], Response]
     ) -> ExtendedModelResponse[Any]:
-        n, write, prepared, callbacks = self._prepare(request)
+        step = self._begin(request)
+        # Calls that are thrown away cannot be cut off; those that are made instead do not wait for them.
+        pool = ThreadPoolExecutor(2 * step.n, thread_name_prefix="ec_agents-sample")
 
-        def answer(index: int) -> _Answer:
-            try:
-                return _answer(request, handler(prepared[index % len(prepared)]), index)
-            except StructuredOutputError as error:
-                return _unparsed(error, index)
+        def ask(variants: Variants) -> Callable[[int], Awaitable[_Answer]]:
+            requests, tools = _requests(request, variants), _checked_tools(request)
 
-        def stored(index: int) -> Stored:
-            return _pack(answer(index))
+            def answer(index: int) -> _Answer:
+                try:
+                    return _answer(handler(requests[index % len(requests)]), index, tools)
+                except StructuredOutputError as error:
+                    return _unparsed(error, index)
 
-        def restored(index: int) -> _Answer:
-            return _unpack(task(name="ec_sample")(stored)(index).result(), index)
+            def stored(index: int) -> Stored:
+                return _pack(answer(index))
 
-        pool = ThreadPoolExecutor(n, thread_name_prefix="ec_agents-sample")
+            def restored(index: int) -> _Answer:
+                return _unpack(task(name=_TASK)(stored)(index).result(), index)
 
-        async def call(index: int) -> _Answer:
-            context, work = copy_context(), restored if self.durable else answer
-            return await asyncio.get_running_loop().run_in_executor(pool, lambda: context.run(work, index))
+            async def call(index: int) -> _Answer:
+                context, work = copy_context(), restored if self.durable else answer
+                return await asyncio.get_running_loop().run_in_executor(pool, lambda: context.run(work, index))
 
-        async def step() -> ExtendedModelResponse[Any]:
-            drawn = await draw(self._sample, call, n=n, model=prepared[0].model, write=write, parse=_candidate)
-            return await self._conclude(request, handler, drawn, write, callbacks)
+            return call
+
+        as_json = task(name=_TASK)(step.asks.writes_json)().result() if self._keeps_form(step) else None
+
+        async def work() -> ExtendedModelResponse[Any]:
+            drawn = await step.asks.draw(self._sample, ask, write=step.write, parse=_candidate, begins_as_json=as_json)
+            return await self._conclude(step, handler, drawn)
 
         try:
-            return run_blocking(step)
+            return run_blocking(work)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _prepare(self, request: Request) -> tuple[int, Write, list[Request], Any]:
-        """N, the stream of events, the request to send (with a seed, one for each candidate), and the callbacks."""
+    def _begin(self, request: Request) -> _Step:
         config = ensure_config()
         _check_durability(config) if self.durable else _check_first_time(config)
-        model, bound, _ = silent_model(request.model)
-        settings = {**self._settings, **bound, **request.model_settings}
+        model = self._models.of(request.model)
         n = self._n_of(request, config)
-        refuse_equal_candidates(settings.get("temperature", getattr(model, "temperature", None)), n)
-        variants = seeded(model, settings, n)
-        prepared = [request.override(model=model, model_settings=dict(settings)) for model, settings in variants]
-        return n, stream_writer(), prepared, config.get("callbacks")
+        # A schema of the user's own may become a tool; which, LangChain decides when it binds the tools.
+        tools = bool(request.tools) or not isinstance(request.response_format, ProviderStrategy | None)
+        asks = StepRequest(model, {**model.options, **request.model_settings}, n, tools=tools)
+        return _Step(request=request, asks=asks, n=n, config=config, write=stream_writer(), started=time.perf_counter())
+
+    def _keeps_form(self, step: _Step) -> bool:
+        """Whether the form of the actions has to be the same if the step is run again, and might not be."""
+        return self.durable and step.asks.may_learn
 
     def _n_of(self, request: Request, config: RunnableConfig) -> int:
         context: Any = getattr(request.runtime, "context", None)
@@ -206,43 +255,52 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         self._check(n)
         return n
 
-    async def _conclude(
-        self, request: Request, handler: object, drawn: CandidateSet, write: Write, callbacks: Any
-    ) -> ExtendedModelResponse[Any]:
+    async def _conclude(self, step: _Step, handler: object, drawn: CandidateSet) -> ExtendedModelResponse[Any]:
         """Choose; the response is the chosen one, whole."""
         _check_inner_commands(handler)
-        selection, record, _ = decide(self.selector, drawn, write)
+        seconds = time.perf_counter() - step.started
+        selection, record, _ = decide(self.selector, drawn, step.write)
+        if self.trace is not None:
+            previous = (step.request.state.get("ec_decisions") or [None])[-1]
+            named = partial(record_step, config=step.config, previous=previous, seconds=seconds)
+            record |= await asyncio.to_thread(named, self.trace, drawn, selection)
         answer: _Answer = drawn.messages[selection.chosen]
         if answer.error is not None:
             raise answer.error
         message = chosen_message(answer.message, record)
-        await announce(message, request.messages, callbacks)
+        await announce(message, step.request.messages, step.config.get("callbacks"))
         result: list[BaseMessage] = [message if found is answer.message else found for found in answer.response.result]
         response = replace(answer.response, result=result)
         return ExtendedModelResponse(response, Command(update={"ec_decisions": [record]}))
+
+
+def _requests(request: Request, variants: Variants) -> list[Request]:
+    return [request.override(model=model, model_settings=dict(options)) for model, options in variants]
+
+
+def _checked_tools(request: Request) -> Mapping[str, BaseTool]:
+    """The tools by name; none if there is one that the provider runs, and is known to the provider only."""
+    tools = {tool.name: tool for tool in request.tools if isinstance(tool, BaseTool)}
+    return tools if len(tools) == len(request.tools) else {}
 
 
 def _candidate(answer: _Answer, _: int) -> Candidate:
     return answer.candidate
 
 
-def _answer(request: Request, response: Response, index: int) -> _Answer:
-    """A response with what is wrong with it; its log-probabilities are dropped here."""
+def _answer(response: Response, index: int, tools: Mapping[str, BaseTool]) -> _Answer:
+    """A response with what is wrong with it."""
     message = next(found for found in response.result if isinstance(found, AIMessage))
     candidate = message_candidate(message, index)
     flaws: dict[str, str] = {}
     if SIGNALS_KEY not in message.response_metadata:
         flaws["foreign"] = _FOREIGN
-    problem = _action_problem(request, response, candidate)
+    problem = _action_problem(response, candidate, tools)
     if problem is not None:
         flaws["invalid_action"] = problem
-    kept = without_logprobs(message)
-    result: list[BaseMessage] = [kept if found is message else found for found in response.result]
-    return _Answer(
-        candidate=replace(candidate, flaws={**flaws, **candidate.flaws}),
-        message=kept,
-        response=replace(response, result=result),
-    )
+    if flaws:
+        candidate = replace(candidate, flaws={**flaws, **candidate.flaws})
+    return _Answer(candidate=candidate, message=message, response=response)
 
 
 def _unparsed(error: StructuredOutputError, index: int) -> _Answer:
@@ -257,17 +315,14 @@ def _unparsed(error: StructuredOutputError, index: int) -> _Answer:
     )
 
 
-def _action_problem(request: Request, response: Response, candidate: Candidate) -> str | None:
+def _action_problem(response: Response, candidate: Candidate, tools: Mapping[str, BaseTool]) -> str | None:
     """What is wrong with the tool calls, those for structured output included."""
     if response.structured_response is not None:
         return None
     refused = [str(found.text) for found in response.result if isinstance(found, ToolMessage)]
     if refused:
         return refused[0]
-    tools = {tool.name: tool for tool in request.tools if isinstance(tool, BaseTool)}
-    # A tool that the provider runs is known to the provider only.
-    is_complete = len(tools) == len(request.tools) and tools
-    return invalid_action(candidate, tools) if is_complete else None
+    return invalid_action(candidate, tools) if tools else None
 
 
 def _pack(answer: _Answer) -> Stored:
@@ -277,7 +332,7 @@ def _pack(answer: _Answer) -> Stored:
         [message_to_dict(without_logprobs(m) if isinstance(m, AIMessage) else m) for m in answer.response.result],
         None if answer.error is None else str(answer.error),
     )
-    return msgspec.msgpack.encode(rows, enc_hook=str), answer.response.structured_response
+    return packed(rows), answer.response.structured_response
 
 
 def _unpack(stored: Stored, index: int) -> _Answer:
@@ -286,10 +341,7 @@ def _unpack(stored: Stored, index: int) -> _Answer:
     Raises:
         StateError: It is damaged, or another version's.
     """
-    try:
-        data, found, problem = msgspec.msgpack.decode(stored[0], type=tuple[dict[str, Any], list[Any], str | None])
-    except (msgspec.DecodeError, TypeError, IndexError) as error:
-        raise StateError(f"a candidate in the checkpoint is damaged: {error}") from error
+    data, found, problem = unpacked(stored[0], tuple[dict[str, Any], list[Any], str | None])
     messages = messages_from_dict(found)
     message = next(m for m in messages if isinstance(m, AIMessage))
     return _Answer(

@@ -6,9 +6,9 @@ the verdict is remembered.
 
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, cast
@@ -18,7 +18,6 @@ import msgspec
 import numpy as np
 
 from ec_agents.candidates import Candidate
-from ec_agents.entropy import MASKED
 from ec_agents.errors import UnsupportedLogprobs
 
 Covered = Literal["all", "partial", "none", "unknown"]
@@ -118,6 +117,7 @@ def table() -> _Table:
     return msgspec.toml.decode(Path(__file__).with_suffix(".toml").read_bytes(), type=_Table)
 
 
+@lru_cache(maxsize=256)
 def capabilities(provider: str, model: str = "") -> Capabilities | None:
     """The first row of the provider that fits the model; a maker's prefix like ``openai/`` does not matter."""
     name = model.lower().rsplit("/", 1)[-1]
@@ -183,12 +183,11 @@ def refuse_unsupported(
             raise _unsupported(endpoint, f"{name}={needed!r} is needed; found {found!r}; {known.limitation}")
 
 
-def verify(candidates: Sequence[Candidate], payloads: Iterable[object] = (), *, top_logprobs: int) -> Verdict | None:
+def verify(candidates: Sequence[Candidate], *, top_logprobs: int) -> Verdict | None:
     """What responses show about their endpoint; None if they show nothing: empty, refused, or cut off at once.
 
     Args:
         candidates: Responses of one endpoint, to the same request.
-        payloads: Their ``logprobs`` in OpenAI's form, where still at hand.
         top_logprobs: Alternatives that were asked for.
     """
     telling = [c for c in candidates if (c.content or c.tool_calls) and "refused" not in c.flaws]
@@ -203,7 +202,8 @@ def verify(candidates: Sequence[Candidate], payloads: Iterable[object] = (), *, 
         "coverage": _too_little(min(coverages, default=1)) if measured else None,
         "identical": _identical(telling),
         "degenerate": _degenerate(measured),
-        **_numbers(payloads),
+        "sentinels": _sentinels(measured),
+        "sums": _sums(measured),
     }
     return Verdict(
         usable=k > 1,
@@ -316,23 +316,16 @@ def _degenerate(candidates: Sequence[Candidate]) -> str | None:
     return f"{certain} of {len(entropies)} tokens have entropy 0: is it temperature 0, top-p, or a grammar?"
 
 
-def _numbers(payloads: Iterable[object]) -> dict[str, str | None]:
-    """What is odd about the numbers as they came: stand-ins for missing ones, and probabilities that exceed 1."""
-    tokens, sentinels, above = 0, 0, 0.0
-    for entry in (entry for payload in payloads for entry in _entries(payload)):
-        values = [v for a in entry.get("top_logprobs") or () if isinstance(v := a.get("logprob"), int | float)]
-        tokens += 1
-        sentinels += entry.get("logprob") is None or not entry["logprob"] > MASKED
-        above = max(above, float(np.exp(np.array(values, dtype=np.float64)).sum()))
-    return {
-        "sentinels": f"{sentinels} of {tokens} drawn tokens have no number of their own" if sentinels else None,
-        "sums": f"the alternatives of a token have a total probability of {above:.3g}" if above > 1.01 else None,
-    }
+def _sentinels(candidates: Sequence[Candidate]) -> str | None:
+    """Drawn tokens whose number stands for a missing one."""
+    logprobs = np.concatenate([c.signals.logprobs for c in candidates if c.signals] or [np.empty(0)])
+    found = np.count_nonzero(np.isnan(logprobs))
+    return f"{found} of {len(logprobs)} drawn tokens have no number of their own" if found else None
 
 
-def _entries(payload: object) -> Sequence[Mapping[str, Any]]:
-    content = cast("Mapping[str, Any]", payload).get("content") if isinstance(payload, Mapping) else None
-    return cast("Sequence[Mapping[str, Any]]", content) if isinstance(content, list) else ()
+def _sums(candidates: Sequence[Candidate]) -> str | None:
+    excess = max((c.signals.excess for c in candidates if c.signals), default=0.0)
+    return f"the alternatives of a token have a total probability of {1 + excess:.3g}" if excess else None
 
 
 def _texts(owner: object, *names: str) -> list[str]:

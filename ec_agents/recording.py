@@ -41,23 +41,29 @@ def record_step(
     Returns:
         ``run`` and ``step``: the name of the run and the number of the step, for the next call.
     """
-    settings = ensure_config(config)
-    metadata, thread = settings.get("metadata", {}), settings.get("configurable", {}).get("thread_id")
-    before = previous or {}
-    run = str(metadata.get("ec_run") or thread or before.get("run") or uuid4())
-    number = before["step"] + 1 if before.get("run") == run else 0
-    task = metadata.get("ec_task")
+    name = step_name(config, previous)
+    task = ensure_config(config).get("metadata", {}).get("ec_task")
     step = Step(
-        run=run,
-        number=number,
+        run=name["run"],
+        number=name["step"],
         task=None if task is None else str(task),
         candidates=drawn.candidates,
         selection=selection,
         failures={i: describe_failure(failure) for i, failure in drawn.failures.items()},
         seconds=seconds,
+        info={"spent": dict(drawn.spent)} if drawn.spent else {},
     )
     try:
         trace.write(step)
     except TraceError:
-        _log.exception("step %d of run %s is not in the trace", number, run)
-    return {"run": run, "step": number}
+        _log.exception("step %(step)d of run %(run)s is not in the trace", name)
+    return name
+
+
+def step_name(config: RunnableConfig | None, previous: Mapping[str, Any] | None) -> dict[str, Any]:
+    """``run`` and ``step``: how the step of a run with this configuration is named; see ``record_step``."""
+    settings = ensure_config(config)
+    named, thread = settings.get("metadata", {}).get("ec_run"), settings.get("configurable", {}).get("thread_id")
+    before = previous or {}
+    run = str(named or thread or before.get("run") or uuid4())
+    return {"run": run, "step": before["step"] + 1 if before.get("run") == run else 0}

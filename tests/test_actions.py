@@ -66,10 +66,72 @@ def test_the_schema_is_strict_and_begins_with_the_thought():
     assert form["json_schema"]["strict"] is True
     schema = form["json_schema"]["schema"]
     assert list(schema["properties"]) == ["thought", "action"]
-    assert len(schema["properties"]["action"]["anyOf"]) == 3
+    assert [next(iter(kind["properties"])) for kind in kinds(form)] == ["tool", "tool", "calls", "final_answer"]
     assert closed(schema)
     assert "$ref" not in json.dumps(schema)
     assert "default" not in json.dumps(schema)
+
+
+def kinds(form: Any) -> list[dict[str, Any]]:
+    return form["json_schema"]["schema"]["properties"]["action"]["anyOf"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "parallel", "expected"),
+    [
+        (None, False, ["search", "add", "final_answer"]),
+        ("auto", True, ["search", "add", "calls", "final_answer"]),
+        ("required", True, ["search", "add", "calls"]),
+        ("any", False, ["search", "add"]),
+        (True, False, ["search", "add"]),
+        ({"type": "any"}, False, ["search", "add"]),
+        ("add", True, ["add"]),
+        ({"type": "function", "function": {"name": "add"}}, True, ["add"]),
+        ({"type": "tool", "name": "add"}, True, ["add"]),
+        ("none", True, ["final_answer"]),
+    ],
+)
+def test_the_choice_of_tools_leaves_the_actions_that_it_allows(choice: Any, parallel: Any, expected: list[str]):
+    actions = JsonActions([search, add], choice=choice, parallel=parallel)
+    found = kinds(actions.response_format)
+    names = [kind["properties"].get("tool", {"enum": list(kind["properties"])})["enum"][0] for kind in found]
+    assert names == expected
+    system = actions.encode([HumanMessage("hi")])[0].text
+    assert ("calls" in system, "final_answer" in system) == ("calls" in expected, "final_answer" in expected)
+    assert ('"tool": "search"' in system) == ("search" in expected)
+
+
+def test_a_choice_of_an_unknown_tool_is_refused():
+    with pytest.raises(ConfigError, match="'sub'; bound are search, add"):
+        JsonActions([search, add], choice="sub")
+
+
+class Sum(BaseModel):
+    """A sum."""
+
+    value: int
+    note: str | None = None
+
+
+RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "Sum", "schema": Sum.model_json_schema()}}
+
+
+@pytest.mark.parametrize("answer", [RESPONSE_FORMAT, Sum])
+def test_the_final_answer_may_have_a_schema_of_its_own(answer: Any):
+    actions = JsonActions([add], answer=answer)
+    schema = kinds(actions.response_format)[-1]["properties"]["final_answer"]
+    assert closed(schema)
+    assert list(schema["properties"]) == ["value", "note"]
+    message = actions.decode(written({"final_answer": {"value": 3, "note": None}}))
+    assert json.loads(message.text) == {"value": 3}
+    shown = json.loads(actions.encode([message])[1].text)
+    assert shown["action"] == {"final_answer": {"value": 3}}
+
+
+@pytest.mark.parametrize("answer", [{"type": "json_object"}, "json", {"json_schema": {}}])
+def test_a_response_format_without_a_schema_is_refused(answer: Any):
+    with pytest.raises(ConfigError, match="it has a json_schema; found .*action_format='native'"):
+        JsonActions([add], answer=answer)
 
 
 KINDS = st.sampled_from(
@@ -130,6 +192,17 @@ def test_arguments_come_back_as_the_tool_wants_them():
     assert tool(search).invoke({**call, "type": "tool_call"}).content == "ec"
 
 
+def test_several_calls_at_once():
+    calls = [{"tool": "add", "arguments": {"a": 1, "b": 2}}, {"tool": "search", "arguments": {"query": "q"}}]
+    message = ACTIONS.decode(written({"calls": calls}, "both"))
+    assert [(call["name"], call["args"]) for call in message.tool_calls] == [
+        ("add", {"a": 1, "b": 2}),
+        ("search", {"query": "q"}),
+    ]
+    assert len({call["id"] for call in message.tool_calls}) == 2
+    assert json.loads(ACTIONS.encode([message])[1].text) == {"thought": "both", "action": {"calls": calls}}
+
+
 def test_text_that_is_no_json_stays_text():
     [call] = ACTIONS.decode(written({"tool": "search", "arguments": {"query": "q", "options": "{"}})).tool_calls
     assert call["args"] == {"query": "q", "options": "{"}
@@ -152,7 +225,19 @@ def test_what_else_a_message_carries_stays():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "it is 3", "[]", '{"thought": "x"}', '{"action": 3}', '{"action": {}}', '{"action": {"tool": 1}}', '{"a'],
+    [
+        "",
+        "it is 3",
+        "[]",
+        '{"thought": "x"}',
+        '{"action": 3}',
+        '{"action": {}}',
+        '{"action": {"tool": 1}}',
+        '{"action": {"calls": []}}',
+        '{"action": {"calls": {"tool": "add"}}}',
+        '{"action": {"calls": [{"tool": "add"}, 3]}}',
+        '{"a',
+    ],
 )
 def test_anything_else_is_an_error_that_says_what_to_do(text: str):
     with pytest.raises(ActionError, match="action_format='native'"):
@@ -165,7 +250,7 @@ def test_anything_else_is_an_error_that_says_what_to_do(text: str):
         st.none() | st.booleans() | st.text(),
         lambda v: (
             st.lists(v)
-            | st.dictionaries(st.sampled_from(["action", "tool", "arguments", "thought", "final_answer"]), v)
+            | st.dictionaries(st.sampled_from(["action", "tool", "calls", "arguments", "thought", "final_answer"]), v)
         ),
     ).map(json.dumps)
 )
@@ -213,9 +298,9 @@ def test_a_conversation_is_sent_as_text_in_turns():
         "HumanMessage",
     ]
     assert not any(m.tool_calls for m in rest if isinstance(m, AIMessage))
-    first, second = rest[1].text.splitlines()
-    assert json.loads(first) == {"thought": "thinking", "action": {"tool": "add", "arguments": {"a": 1, "b": 2}}}
-    assert json.loads(second)["action"]["arguments"] == {"a": 3, "b": 4}
+    acted = json.loads(rest[1].text)
+    assert acted["thought"] == "thinking"
+    assert [call["arguments"] for call in acted["action"]["calls"]] == [{"a": 1, "b": 2}, {"a": 3, "b": 4}]
     assert rest[2].content == "Result of add: 3\nError of add: no such number"
     assert json.loads(rest[3].text) == {"thought": "done", "action": {"final_answer": "3 and no"}}
 

@@ -3,6 +3,9 @@
 import asyncio
 import json
 import logging
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +14,12 @@ import openai
 import pytest
 from langchain_openai import ChatOpenAI
 
-from ec_agents.drawing import StepModel
+from ec_agents.drawing import StepModel, StepRequest
 from ec_agents.embedded import EmbeddedChatModel
 from ec_agents.errors import ActionError, ConfigError, LogprobsMissing, SamplingError, UnsupportedLogprobs
 from ec_agents.graph import create_centroid_agent
-from ec_agents.openai_client import OpenAIChatModel, fast_logprobs
+from ec_agents.chat_openai import fast_logprobs
+from ec_agents.openai_client import OpenAIChatModel
 from ec_agents.selection import Selector
 from ec_agents.testing import FaultServer, Reply, ScriptedChatModel
 from ec_agents.testing.server import completion
@@ -124,9 +128,41 @@ def test_auto_asks_again_as_json_where_they_are_not_and_remembers_it(
         assert not any("tools" in request for request in server.requests[6:])
 
 
-def test_auto_goes_by_the_table_before_anything_is_sent():
-    step = StepModel(ChatOpenAI(model="gpt-4o", api_key="k"), [add], n=2, top_logprobs=20, action_format="auto")  # type: ignore[arg-type]
-    assert "response_format" in step.prepared.kwargs["extra_body"]  # type: ignore[attr-defined]
+@pytest.mark.parametrize(("name", "as_json"), [("gpt-4o", True), ("o3", False)])
+def test_auto_goes_by_the_table_before_anything_is_sent(name: str, *, as_json: bool):
+    model = StepModel(ChatOpenAI(model=name, api_key="k"), top_logprobs=20, action_format="auto")  # type: ignore[arg-type]
+    assert StepRequest(model, model.with_tools([add]), 2).writes_json() == as_json
+    assert StepRequest(model, {**model.options, "model": "gpt-4.1"}, 2, tools=True).writes_json()
+
+
+async def test_auto_learns_from_the_first_call_and_counts_what_was_spent():
+    with FaultServer(respond, faults=[None, *["hang"] * 7, *[None] * 16]) as server:
+        agent = create_centroid_agent(chat(server), [add], n=8)
+        state = await agent.ainvoke(ASK)
+    first, last = (m.response_metadata["ec_agents"] for m in state["messages"] if m.type == "ai")
+    assert ["tools" in request for request in server.requests] == [True] * 8 + [False] * 16
+    assert server.abandoned == 7
+    assert first["usage"] == {"input_tokens": 90, "output_tokens": 32, "total_tokens": 122}
+    assert last["usage"] == {"input_tokens": 80, "output_tokens": 32, "total_tokens": 112}
+
+
+async def test_auto_stays_native_where_some_tool_calls_are_measured(caplog: pytest.LogCaptureFixture):
+    replies = [Reply(tool_calls=[("add", {"a": 1})]), Reply(tool_calls=[("add", {"a": 1})], profile=None, delay=0.2)]
+    with FaultServer([*replies, Reply(content="3"), Reply(content="3")]) as server:
+        state = await create_centroid_agent(chat(server), [add], n=2).ainvoke(ASK)
+        assert all("tools" in request for request in server.requests)
+    record = state["messages"][1].response_metadata["ec_agents"]
+    assert sorted(score is None for score in record["scores"].values()) == [False, True]
+    assert "missing: 1 of 2 responses without log-probabilities, 1 of them tool calls" in caplog.text
+
+
+async def test_steps_that_are_under_way_while_another_one_learns_are_asked_again_too():
+    with FaultServer(respond) as server:
+        agents = [create_centroid_agent(chat(server), [add], n=2) for _ in range(4)]
+        states = await asyncio.gather(*[agent.ainvoke(ASK) for agent in agents])
+    for state in states:
+        records = [m.response_metadata["ec_agents"] for m in state["messages"] if m.type == "ai"]
+        assert all(score is not None for record in records for score in record["scores"].values())
 
 
 def test_native_tool_calls_without_numbers_end_the_step_and_stop_the_next():
@@ -186,8 +222,46 @@ def test_a_server_that_refuses_schemas_is_a_clear_error(client: Callable[..., An
 def test_a_server_that_ignores_schemas_is_a_clear_error():
     with FaultServer(lambda request: respond(request, json_schema=False)) as server:
         agent = create_centroid_agent(chat(server), [add], n=2, action_format="json")
-        with pytest.raises(SamplingError, match="ActionError: the JSON action .* found 'it is 3'; does this server"):
+        with pytest.raises(ActionError, match="the JSON action .* found 'it is 3'; does this server"):
             agent.invoke(ASK)
+
+
+def test_one_answer_that_is_no_json_is_a_failed_call():
+    replies = [Reply(content="it is 3"), Reply(content=action("", {"final_answer": "3"}))]
+    model = ScriptedChatModel(replies=replies)
+    state = create_centroid_agent(model, [add], n=2, action_format="json").invoke(ASK)
+    failures = state["messages"][-1].response_metadata["ec_agents"]["failures"]
+    assert [text.split(":")[0] for text in failures.values()] == ["ActionError"]
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_several_calls_at_once_all_run(*, parallel: bool):
+    calls = {"calls": [{"tool": "add", "arguments": {"a": a, "b": None}} for a in (1, 2)]}
+    replies = [Reply(content=action("both", calls)), Reply(content=action("", {"final_answer": "3 and 4"}))]
+    model = ScriptedChatModel(replies=replies)
+    bound = model if parallel else model.bind(parallel_tool_calls=False)
+    state = create_centroid_agent(bound, [add], n=1, action_format="json").invoke(ASK)
+    assert [m.content for m in state["messages"] if m.type == "tool"] == ["3", "4"]
+    sent = json.dumps(model.requests[0][1]["response_format"])
+    assert ('"calls"' in sent) == parallel
+    assert "parallel_tool_calls" not in model.requests[0][1]
+
+
+def test_a_tool_that_the_provider_runs_is_refused_before_anything_is_sent():
+    model = ScriptedChatModel(replies=[Reply(content="3")])
+    search = {"type": "web_search"}
+    with pytest.raises(ConfigError, match="found 'web_search', which the provider runs itself.*action_format='native'"):
+        create_centroid_agent(model, [add, search], n=1, action_format="json")
+    assert model.requests == []
+
+
+def test_a_model_that_binds_tools_in_its_own_way_is_a_clear_error():
+    class Odd(ScriptedChatModel):
+        def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
+            return super().bind_tools(tools, **kwargs) | (lambda message: message)
+
+    with pytest.raises(ConfigError, match="bind_tools.. of Odd must give a binding; found RunnableSequence"):
+        create_centroid_agent(Odd(), [add], n=1)
 
 
 def test_other_errors_of_the_server_stay_what_they_are():
@@ -229,6 +303,23 @@ def test_problems_that_are_merely_odd_are_logged_once(caplog: pytest.LogCaptureF
         for _ in range(2):
             create_centroid_agent(chat(server), n=2).invoke(ASK)
     assert caplog.text.count("4 alternatives a token, 20 were asked for") == 1
+
+
+def excessive(payload: Any) -> Any:
+    """Every token has one more alternative, and the drawn one no number of its own."""
+    for choice in payload["choices"]:
+        for token in choice["logprobs"]["content"]:
+            token["top_logprobs"].append({"token": "x", "bytes": [120], "logprob": -0.01})
+            token["logprob"] = -9999.0
+    return payload
+
+
+@CLIENTS
+def test_numbers_that_are_no_probabilities_are_logged(client: Callable[..., Any], caplog: pytest.LogCaptureFixture):
+    with FaultServer(lambda request: excessive(completion([Reply(content="hi").message()], request))) as server:
+        create_centroid_agent(client(server), n=2).invoke(ASK)
+    assert "sums: the alternatives of a token have a total probability of 1.99" in caplog.text
+    assert "sentinels: 8 of 8 drawn tokens have no number of their own" in caplog.text
 
 
 # Candidates differ
@@ -331,3 +422,28 @@ def test_the_selector_still_decides_where_single_responses_lack_numbers():
         agent = create_centroid_agent(chat(server), n=3, selector=Selector(fallback="raise"))
         record = agent.invoke(ASK)["messages"][-1].response_metadata["ec_agents"]
     assert sum(score is None for score in record["scores"].values()) == 1
+
+
+FORK = """
+import os
+from ec_agents.sampling import run_blocking
+
+async def answer():
+    return 42
+
+assert run_blocking(answer) == 42
+child = os.fork()
+if child == 0:
+    # The loop came along and its thread did not: without a loop of its own the child would wait for ever.
+    os._exit(0 if run_blocking(answer) == 42 else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert run_blocking(answer) == 42
+print("both answered")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_has_a_loop_of_its_own():
+    command = [sys.executable, "-c", FORK]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout.strip() == "both answered", done.stderr

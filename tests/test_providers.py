@@ -1,5 +1,6 @@
 """Provider knowledge: the table, who serves a model, early refusals, verdicts on first responses."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from langchain_openai import AzureChatOpenAI, ChatOpenAI
 from ec_agents.candidates import Candidate, TokenSignals
 from ec_agents.embedded import EmbeddedChatModel
 from ec_agents.errors import UnsupportedLogprobs
+from ec_agents.logprobs import pack_logprobs, token_signals
 from ec_agents.providers import (
     Endpoint,
     capabilities,
@@ -184,11 +186,12 @@ def test_what_may_work_is_let_through(provider: str, model: str, request_: dict[
 # Verdicts
 
 
-def signals(n: int = 30, k: int = 20, entropy: float = 0.5, logprob: float = -0.3) -> TokenSignals:
+def signals(n: int = 30, k: int = 20, entropy: float = 0.5, logprob: float = -0.3, excess: float = 0) -> TokenSignals:
     def array(value: float) -> Any:
         return np.full(n, value, dtype=np.float32)
 
-    return TokenSignals(entropies=array(entropy), logprobs=array(logprob), confidences=array(1.0), n_alternatives=k)
+    arrays = {"entropies": array(entropy), "logprobs": array(logprob), "confidences": array(1.0)}
+    return TokenSignals(**arrays, n_alternatives=k, excess=excess)
 
 
 def candidate(
@@ -251,10 +254,21 @@ def test_numbers_that_are_no_probabilities_are_found():
     payload: Any = profile_logprobs("!...")
     payload["content"][0]["top_logprobs"].append({"token": "x", "logprob": -0.01})
     payload["content"][1]["logprob"] = -9999.0
-    verdict = verify([candidate(measured=signals())], [payload, None, "odd"], top_logprobs=20)
+    verdict = verify([candidate(measured=token_signals(payload)), candidate()], top_logprobs=20)
     assert verdict is not None
     assert verdict.problems["sums"] == "the alternatives of a token have a total probability of 1.99"
     assert verdict.problems["sentinels"] == "1 of 4 drawn tokens have no number of their own"
+
+
+@given(st.integers(1, 200), st.floats(0.02, 1.0))
+def test_sums_above_one_are_found_and_survive_every_packing(n: int, excess: float):
+    alternatives = [{"logprob": math.log(p)} for p in (0.5, 0.5, excess)]
+    found = token_signals({"content": [{"logprob": -0.7, "top_logprobs": alternatives}] * n})
+    assert found.excess == pytest.approx(excess, abs=1e-6)
+    assert token_signals(pack_logprobs(lambda: found)).excess == found.excess
+    kept = Candidate.from_builtins(candidate(measured=found).to_builtins()).signals
+    assert kept is not None
+    assert kept.excess == found.excess
 
 
 @pytest.mark.parametrize(

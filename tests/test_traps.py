@@ -29,7 +29,7 @@ from langgraph.types import Command, interrupt
 from pydantic import Field
 
 from ec_agents.chat_model import CentroidChatModel
-from ec_agents.errors import ConfigError, SamplingError
+from ec_agents.errors import ConfigError, UnsupportedLogprobs
 from ec_agents.graph import create_centroid_agent
 from ec_agents.middleware import EntropyCentroidMiddleware
 from ec_agents.testing import Reply, ScriptedChatModel
@@ -303,7 +303,7 @@ def test_trap_14_the_message_reports_its_own_usage_and_the_callback_all(way: str
 @EVERYWHERE
 def test_trap_15_the_responses_interface_is_named_as_the_reason(make: Callable[..., Any]):
     model = ChatOpenAI(model="gpt-4o", api_key="none", base_url="http://127.0.0.1:9", use_responses_api=True)  # type: ignore[arg-type]
-    with pytest.raises(SamplingError, match="UnsupportedLogprobs: .*pass use_responses_api=False"):
+    with pytest.raises(UnsupportedLogprobs, match="pass use_responses_api=False"):
         make(model).invoke(ASK)
 
 
