@@ -39,12 +39,14 @@ class TokenSignals:
     """DeepConf token confidence, ``(T,)``: minus the mean of the K log-probabilities, nats; NaN = missing."""
     n_alternatives: int
     """K, the largest number of alternatives that a token came with."""
+    excess: float = 0.0
+    """By how much the alternatives of one of the tokens that were looked at exceed a total probability of 1."""
 
     def __post_init__(self) -> None:
         """Check the shapes."""
-        shapes = {a.shape for a in (self.entropies, self.logprobs, self.confidences)}
-        if len(shapes) != 1 or self.entropies.ndim != 1:
-            raise ConfigError(f"three arrays of one shape (T,) are needed; found shapes {sorted(shapes)}")
+        shapes = self.entropies.shape, self.logprobs.shape, self.confidences.shape
+        if not shapes[0] == shapes[1] == shapes[2] or len(shapes[0]) != 1:
+            raise ConfigError(f"three arrays of one shape (T,) are needed; found shapes {sorted(set(shapes))}")
 
     @property
     def n_tokens(self) -> int:
@@ -61,11 +63,11 @@ class TokenSignals:
 
         All first bytes come first, then all second bytes and so on: bytes of one kind compress better side by side.
         """
-        arrays = np.stack((self.entropies, self.logprobs, self.confidences)).astype("<f4")
+        arrays = np.concatenate((self.entropies, self.logprobs, self.confidences), dtype="<f4")
         return arrays.view(np.uint8).reshape(-1, 4).T.tobytes()
 
     @classmethod
-    def from_bytes(cls, packed: bytes, n_alternatives: int) -> Self:
+    def from_bytes(cls, packed: bytes, n_alternatives: int, excess: float = 0.0) -> Self:
         """Undo ``to_bytes``.
 
         Raises:
@@ -74,9 +76,10 @@ class TokenSignals:
         if len(packed) % 12:
             raise StateError(f"packed signals must be three float32 arrays; found {len(packed)} bytes")
         planes = np.frombuffer(packed, np.uint8).reshape(4, -1)
-        arrays = np.ascontiguousarray(planes.T).view("<f4").astype(np.float32)
+        arrays = planes.T.copy().view("<f4").astype(np.float32, copy=False)
         entropies, logprobs, confidences = arrays.reshape(3, -1)
-        return cls(entropies=entropies, logprobs=logprobs, confidences=confidences, n_alternatives=n_alternatives)
+        arrays = {"entropies": entropies, "logprobs": logprobs, "confidences": confidences}
+        return cls(**arrays, n_alternatives=n_alternatives, excess=excess)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +100,8 @@ class Candidate:
     """Token counts of this response, if reported: ``input_tokens``, ``output_tokens``, ``total_tokens``."""
     flaws: Mapping[str, str] = field(default_factory=dict[str, str])
     """Name of each flaw found so far → what was found."""
+    seconds: float | None = None
+    """How long the call took that answered, without what it waited for its turn; None where nobody measured it."""
 
     def to_builtins(self) -> dict[str, Any]:
         """The candidate as builtins only."""
@@ -108,8 +113,10 @@ class Candidate:
             "finish_reason": self.finish_reason,
             "signals": None if self.signals is None else self.signals.to_bytes(),
             "n_alternatives": 0 if self.signals is None else self.signals.n_alternatives,
+            "excess": 0.0 if self.signals is None else self.signals.excess,
             "usage": None if self.usage is None else dict(self.usage),
             "flaws": dict(self.flaws),
+            "seconds": self.seconds,
         }
 
     @classmethod
@@ -124,10 +131,11 @@ class Candidate:
                 f"candidates in format {data.get('format')!r} found in the state, {FORMAT} needed: another version of "
                 "ec_agents wrote this checkpoint; finish the run with that version or start the step again"
             )
-        given = {name: value for name, value in data.items() if name not in ("format", "n_alternatives")}
+        given = {name: value for name, value in data.items() if name not in ("format", "n_alternatives", "excess")}
         try:
             if given["signals"] is not None:
-                given["signals"] = TokenSignals.from_bytes(given["signals"], data["n_alternatives"])
+                counted = data["n_alternatives"], data.get("excess", 0.0)
+                given["signals"] = TokenSignals.from_bytes(given["signals"], *counted)
             return cls(**given)
         except (KeyError, TypeError) as error:
             raise StateError(f"a candidate in the state is incomplete: {error}") from error
@@ -143,6 +151,8 @@ class CandidateSet:
     """Whatever each call returned, keyed by candidate index."""
     failures: Mapping[int, BaseException] = field(default_factory=dict[int, BaseException])
     """What each failed call raised, keyed by candidate index."""
+    spent: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Token counts of responses that were thrown away, because they could not be measured, before these were drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

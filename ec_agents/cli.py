@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shlex
 import sys
 from importlib import import_module
 from itertools import islice
@@ -126,6 +127,7 @@ def evaluate(
         seed=seed,
         seed_calls=seed_calls,
         top_logprobs=top_logprobs,
+        command=shlex.join(["ec-agents", *sys.argv[1:]]),
     )
     console = Console()
     table = (
@@ -139,22 +141,25 @@ def evaluate(
 def report(
     source: Annotated[Path, typer.Argument(help="A trace, or the evaluation.json of an evaluation.")],
     *,
-    out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="The HTML file; .md for tables of an evaluation.")] = Path("report.html"),
     limit: Annotated[int, typer.Option(help="Steps of a trace to show; 0 for all.", min=0)] = 500,
     phases: Annotated[str, typer.Option(help="How phases are found: paper or short.")] = "paper",
     plots: Annotated[Path | None, typer.Option(help="Also write an evaluation's charts as PNG and SVG here.")] = None,
 ) -> None:
     """Show a trace or an evaluation as one HTML file that needs nothing else."""
     if source.name.endswith("evaluation.json"):
-        table = _extra("results").load_evaluation(source)
-        _extra("report").write_evaluation_report(table, out, title=source.parent.resolve().name)
+        table, title = _extra("results").load_evaluation(source), source.parent.resolve().name
+        if out.suffix == ".md":
+            _extra("markdown").write_markdown(table, out, title=title)
+        else:
+            _extra("report").write_evaluation_report(table, out, title=title)
         written: list[Path] = [out, *(() if plots is None else _extra("plots").write_plots(table, plots))]
-    elif plots is None:
+    elif plots is None and out.suffix != ".md":
         steps = islice(read_steps(source), limit or None)
         _extra("report").write_trace_report(steps, out, title=source.name, phases=phases)
         written = [out]
     else:
-        raise ConfigError("--plots draws evaluations; give the evaluation.json of one")
+        raise ConfigError("--plots and .md files are of evaluations; give the evaluation.json of one")
     typer.echo("\n".join(map(str, written)))
 
 

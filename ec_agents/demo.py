@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 from langchain_core.language_models import BaseChatModel
@@ -19,6 +19,7 @@ from rich.text import Text
 
 from ec_agents.candidates import Candidate, TokenSignals
 from ec_agents.embedded.tasks import Task, find_solution, make_tasks, replay
+from ec_agents.errors import SamplingError
 from ec_agents.graph import create_centroid_agent, unpack_candidates
 from ec_agents.sampling import sample
 from ec_agents.scoring import CentroidScorer, FirstScorer, Scores
@@ -44,6 +45,18 @@ class Results:
 
     family: str
     right: Mapping[Policy, list[bool]] = field(default_factory=lambda: {policy: list[bool]() for policy in POLICIES})
+    failures: list[SamplingError] = field(default_factory=list[SamplingError])
+    """What ended a run in which too few calls succeeded; it counts as not right."""
+
+    def check(self, n_runs: int) -> Self:
+        """These results, if anything was measured.
+
+        Raises:
+            SamplingError: Every run failed.
+        """
+        if self.failures and len(self.failures) == n_runs:
+            raise self.failures[0]
+        return self
 
 
 class PlayOracle:
@@ -123,6 +136,11 @@ async def show_task(model: BaseChatModel, task: Task, console: Console, *, n: in
                     console.print(Text(f"  tool: {message.text}"))
     except GraphRecursionError:
         console.print(Text(f"  given up after {step} steps"))
+    except SamplingError as error:
+        if step == 0:
+            raise  # nothing works yet: say so and end
+        console.print(Text(f"  failed after {step} steps: {error}", "red"))
+        return
     final = messages[-1].text
     right = task.check(final, _expressions(messages))
     console.print(Text(f"  final answer: {final}  ", end=""), Text("right", "green") if right else Text("wrong", "red"))
@@ -150,6 +168,9 @@ async def run(model: BaseChatModel, console: Console, *, shown: int, count: int,
     console.print(_summary_table(results))
     for result in results:
         console.print(Text(verdict(result)))
+        if result.failures:
+            failed = f"{len(result.failures)} runs failed and count as not right, the first with: {result.failures[0]}"
+            console.print(Text(f"{result.family}: {failed}", "red"))
 
 
 def verdict(result: Results) -> str:
@@ -170,18 +191,18 @@ async def _measure_play(model: BaseChatModel, tasks: Sequence[Task], n: int, on_
     results = Results(family="play")
 
     async def one(task: Task) -> dict[Policy, bool]:
-        right = await asyncio.gather(*(_play(model, task, policy, n) for policy in POLICIES))
+        right = await asyncio.gather(*(_play(model, task, policy, n, results.failures) for policy in POLICIES))
         on_done()
         return dict(zip(POLICIES, right, strict=True))
 
     for outcome in await asyncio.gather(*map(one, tasks)):
         for policy, right in outcome.items():
             results.right[policy].append(right)
-    return results
+    return results.check(len(tasks) * len(POLICIES))
 
 
-async def _play(model: BaseChatModel, task: Task, policy: Policy, n: int) -> bool:
-    """Whether a run of its own under one policy solves the task."""
+async def _play(model: BaseChatModel, task: Task, policy: Policy, n: int, failures: list[SamplingError]) -> bool:
+    """Whether a run of its own under one policy solves the task; a failure is added to ``failures``."""
     oracle = PlayOracle(task)
     calc = task.calc_tool()
 
@@ -199,6 +220,9 @@ async def _play(model: BaseChatModel, task: Task, policy: Policy, n: int) -> boo
         state = await agent.ainvoke({"messages": [HumanMessage(task.prompt)]})
     except GraphRecursionError:
         return False
+    except SamplingError as error:
+        failures.append(error)
+        return False
     return task.check(state["messages"][-1].text, oracle.expressions)
 
 
@@ -209,16 +233,21 @@ async def _measure_one_step(
     asked = model.bind(logprobs=True, top_logprobs=20)
 
     async def one(task: Task) -> tuple[Task, Sequence[Candidate]]:
-        drawn = await sample(lambda _: asked.ainvoke(task.prompt), n=n)
-        on_done()
-        return task, drawn.candidates
+        try:
+            return task, (await sample(lambda _: asked.ainvoke(task.prompt), n=n)).candidates
+        except SamplingError as error:
+            results.failures.append(error)
+            return task, ()
+        finally:
+            on_done()
 
     for task, candidates in await asyncio.gather(*map(one, tasks)):
         right = {candidate.index: task.check(candidate.content) for candidate in candidates}
         for policy, scorer in _scorers().items():
-            results.right[policy].append(right[Selector(scorer=scorer)(candidates).chosen])
+            chosen = Selector(scorer=scorer)(candidates).chosen if candidates else None
+            results.right[policy].append(chosen is not None and right[chosen])
         results.right["oracle"].append(any(right.values()))
-    return results
+    return results.check(len(tasks))
 
 
 def _scorers() -> dict[Policy, Any]:

@@ -151,15 +151,17 @@ def _its_hub(record: Json) -> Found:
     if not isinstance(responses, list):
         raise LogprobsMalformed(f"responses must be a list of messages; found {responses!r:.60}")
     candidates = [_its_hub_message(message, i) for i, message in enumerate(cast("list[Any]", responses))]
+    usage = _usage(record.get("usage"))
+    info = {} if usage is None else {"usage": usage}
     chosen: Any = record.get("selected_index")
     if not isinstance(chosen, int) or not 0 <= chosen < len(candidates):
-        return Found(candidates=candidates)
+        return Found(candidates=candidates, info=info)
     scores = dict(enumerate(cast("Sequence[float | None]", record.get("scores") or [])))
     others = [candidate.index for candidate in candidates if candidate.index != chosen]
     selection = Selection(
         chosen=chosen, order=[chosen, *others], scores=scores, margin=None, reason="ranked", selector="its_hub"
     )
-    return Found(candidates=candidates, selection=selection)
+    return Found(candidates=candidates, selection=selection, info=info)
 
 
 def _its_hub_message(message: Any, index: int) -> Candidate:

@@ -1,17 +1,23 @@
 """What is evaluated: factories of models and agents, and how their answers and steps are read."""
 
+import hashlib
 import inspect
-import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import replace
-from typing import Any, cast
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Annotated, Any, cast
 
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage
+from langchain_core.messages import AIMessage, BaseMessage
+from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.prebuilt import InjectedState
+from langgraph.pregel import Pregel
+from langgraph.types import StateSnapshot
 from pydantic import PrivateAttr
 
-from ec_agents.candidates import CandidateSet, Selection, Step
+from ec_agents.candidates import Selection, Step
 from ec_agents.embedded import EmbeddedChatModel
+from ec_agents.embedded.engine import Request
+from ec_agents.embedded.tasks import call_calc, replay
 from ec_agents.eval_tasks import EvalTask, embedded_task
 from ec_agents.graph import create_centroid_agent, unpack_candidates
 from ec_agents.messages import as_candidate, describe_failure, logprobs_settings, sampling_model
@@ -29,13 +35,22 @@ chat model or an async function of a prompt: all N answers to each task are grad
 
 
 class _Seeded(EmbeddedChatModel):
-    """The embedded model with a seed of its own for each call, all made from one; a step starts its calls in order."""
+    """The embedded model with a seed of its own for each call.
 
-    _source: random.Random = PrivateAttr(default_factory=random.Random)
+    It is made of the run's seed, the number of messages and the number of the call among those with so many, so that a
+    run that goes on draws what it would have drawn; a step starts its calls in order.
+    """
 
-    def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        options = super()._options(given)
-        return options if options["seed"] is not None else {**options, "seed": self._source.getrandbits(31)}
+    _run_seed: int = PrivateAttr(default=0)
+    _calls: Counter[int] = PrivateAttr(default_factory=Counter[int])
+
+    def _request(
+        self, messages: Sequence[BaseMessage], stop: Sequence[str], kwargs: Mapping[str, Any]
+    ) -> tuple[Request, bool]:
+        number = self._calls[len(messages)]
+        self._calls[len(messages)] += 1
+        seed = seed_of(self._run_seed, len(messages), number)
+        return super()._request(messages, stop, {**kwargs, "seed": seed})
 
 
 def embedded_model() -> EmbeddedChatModel:
@@ -44,11 +59,18 @@ def embedded_model() -> EmbeddedChatModel:
 
 
 def embedded_agent(*, n: int, selector: Selector, task: EvalTask, seed: int) -> Any:
-    """The agent of the family ``play``, with the tool of its task."""
+    """The agent of the family ``play``; its tool knows the numbers left from the conversation, so that it can go on."""
+    numbers = embedded_task(task).numbers
+
+    def calc(expression: str, state: Annotated[Any, InjectedState]) -> str:
+        """Combine two of the numbers left, e.g. ``9*7``. Signs: + - * /. Says the result and the numbers left."""
+        calls = [call for message in state["messages"][:-1] for call in getattr(message, "tool_calls", ())]
+        left = replay(numbers, [str(call["args"].get("expression")) for call in calls])
+        return call_calc(left, expression)[1]
+
     model = _Seeded()
-    model._source.seed(seed)  # noqa: SLF001 - a class of this module
-    tools = [embedded_task(task).calc_tool()]
-    return create_centroid_agent(model, tools, n=n, selector=selector, recursion_limit=RECURSION_LIMIT)
+    model._run_seed = seed  # noqa: SLF001 - a class of this module
+    return create_centroid_agent(model, [calc], n=n, selector=selector, recursion_limit=RECURSION_LIMIT)
 
 
 def makes_agents(factory: Factory) -> bool:
@@ -76,28 +98,104 @@ def asker(made: Any, *, top_logprobs: int | None, seed_calls: bool) -> Callable[
     return lambda prompt, _: model.ainvoke(prompt)
 
 
-async def steps_of(agent: Any, task: EvalTask, run: str) -> AsyncIterator[Any]:
-    """The steps of a run as they are taken, and last what came of it."""
-    asked = {"messages": [("user", task.prompt)]}
-    if not hasattr(agent, "astream"):
-        yield await agent.ainvoke(asked) if hasattr(agent, "ainvoke") else await agent(task.prompt)
-        return
-    candidates: CandidateSet | None = None
-    number, state = 0, None
-    async for mode, update in agent.astream(asked, stream_mode=["updates", "values"]):
-        if mode == "values":
-            state = update
-            continue
-        for change in cast("dict[str, dict[str, Any] | None]", update).values():
-            if change and change.get("ec_candidates"):
-                candidates = unpack_candidates(change["ec_candidates"])
-            if change and candidates is not None and change.get("ec_decision"):
-                failures = {i: describe_failure(failure) for i, failure in candidates.failures.items()}
-                selection = Selection.from_builtins(change["ec_decision"])
-                step = Step(run=run, number=number, task=task.id, candidates=candidates.candidates, failures=failures)
-                yield replace(step, selection=selection)
-                candidates, number = None, number + 1
-    yield state
+class AgentRun:
+    """A run of an agent, from its beginning or from where it was.
+
+    A compiled graph without a checkpointer keeps its state in ``saver``; one that has a checkpointer of its own, or
+    ``False``, is left as it is.
+
+    Args:
+        agent: A graph, something else with ``ainvoke``, or an async function of a prompt.
+        task: What it is asked.
+        name: Name of the run, and of its thread.
+        saver: Where states are kept; None: nowhere.
+    """
+
+    def __init__(self, agent: Any, task: EvalTask, name: str, saver: BaseCheckpointSaver[Any] | None) -> None:
+        is_ours = isinstance(agent, Pregel) and agent.checkpointer is None and saver is not None
+        self._agent: Any = cast("Any", agent).copy({"checkpointer": saver}) if is_ours else agent
+        self._task = task
+        self._config: Any = {"configurable": {"thread_id": name}, "metadata": {"ec_run": name, "ec_task": task.id}}
+        self.has_states = isinstance(getattr(self._agent, "checkpointer", None), BaseCheckpointSaver)
+        """Whether the run can go on after it was cut off."""
+        self._name = name
+        self._before: StateSnapshot | None = None
+        self.taken: list[Step] = []
+        """Steps that were taken before this run goes on."""
+        self.state: Any = None
+        """Last state, or whatever the agent returned."""
+
+    async def find(self) -> bool:
+        """Look for states that the run can go on from; whether there are any, or there is nothing to go on from."""
+        if not self.has_states:
+            return False
+        states: list[StateSnapshot] = [state async for state in self._agent.aget_state_history(self._config)]
+        self._before = states[0] if states else None
+        drawn: Any = None
+        for state in reversed(states):
+            decision = _value(state.values, "ec_decision")
+            if found := _value(state.values, "ec_candidates"):
+                drawn = found
+            elif drawn and decision:
+                self.taken.append(self._step(len(self.taken), drawn, decision))
+                drawn = None
+        return True
+
+    async def steps(self) -> AsyncIterator[Step]:
+        """Run to the end; the steps of sampling agents as they are taken."""
+        if self._before is not None and not self._before.tasks:
+            self.state = self._before.values
+        elif hasattr(self._agent, "astream"):
+            async for step in self._stream():
+                yield step
+        elif hasattr(self._agent, "ainvoke"):
+            self.state = await self._agent.ainvoke(self._asked())
+        else:
+            self.state = await self._agent(self._task.prompt)
+
+    def _asked(self) -> Any:
+        return {"messages": [("user", self._task.prompt)]}
+
+    async def _stream(self) -> AsyncIterator[Step]:
+        number = len(self.taken)
+        drawn: Any = None if self._before is None else _value(self._before.values, "ec_candidates")
+        options: dict[str, Any] = {"durability": "sync"} if self.has_states else {}
+        asked = self._asked() if self._before is None else None
+        stream = self._agent.astream(asked, self._limited(), stream_mode=["updates", "values"], **options)
+        async for mode, update in stream:
+            if mode == "values":
+                self.state = update
+                continue
+            for change in cast("dict[str, Any]", update).values():  # what another node returns may have any form
+                drawn = _value(change, "ec_candidates") or drawn
+                decision = _value(change, "ec_decision")
+                if drawn and decision:
+                    yield self._step(number, drawn, decision)
+                    drawn, number = None, number + 1
+
+    def _limited(self) -> Any:
+        """The configuration, with the supersteps that are left: LangGraph counts from where a run goes on."""
+        limit = (self._agent.config or {}).get("recursion_limit") if isinstance(self._agent, Pregel) else None
+        if self._before is None or limit is None:
+            return self._config
+        taken = (self._before.metadata or {}).get("step", 0)
+        return {**self._config, "recursion_limit": max(1, limit - taken)}
+
+    def _step(self, number: int, packed: Mapping[str, Any], decision: Mapping[str, Any]) -> Step:
+        drawn = unpack_candidates(packed)
+        return Step(
+            run=self._name,
+            number=number,
+            task=self._task.id,
+            candidates=drawn.candidates,
+            failures={i: describe_failure(failure) for i, failure in drawn.failures.items()},
+            selection=Selection.from_builtins(decision),
+            seconds=packed.get("seconds"),
+        )
+
+
+def _value(state: Any, key: str) -> Any:
+    return cast("Mapping[str, Any]", state).get(key) if isinstance(state, Mapping) else None
 
 
 def answer_of(state: Any) -> tuple[str, list[Mapping[str, Any]]]:
@@ -112,17 +210,31 @@ def answer_of(state: Any) -> tuple[str, list[Mapping[str, Any]]]:
     return str(messages[-1].text), [{"name": call["name"], "args": call["args"]} for call in calls]
 
 
-def token_texts(drawn: CandidateSet) -> dict[str, Any]:
-    """The whole text of each response and the length of each of its tokens, by index, where the model reports tokens.
+def usage_of(state: Any) -> dict[str, int]:
+    """Tokens of all candidates of a run, as the chosen messages tell them."""
+    messages = cast("Mapping[str, list[Any]]", state).get("messages", []) if isinstance(state, Mapping) else []
+    records: list[Any] = [m.response_metadata.get("ec_agents") or {} for m in messages if isinstance(m, AIMessage)]
+    usages: list[Mapping[str, int]] = [record.get("usage") or {} for record in records]
+    return added(*usages)
+
+
+def added(*usages: Mapping[str, int]) -> dict[str, int]:
+    """Token counts, added up by name."""
+    return {name: sum(usage.get(name, 0) for usage in usages) for usage in usages for name in usage}
+
+
+def token_text(response: object) -> dict[str, Any] | None:
+    """The whole text of a response and the length of each of its tokens; None where the model reports no tokens.
 
     Lengths rather than tokens, so that what hides secrets in a text sees the whole text.
     """
-    found: dict[str, Any] = {}
-    for index, message in drawn.messages.items():
-        metadata = cast("dict[str, Any]", message.response_metadata) if isinstance(message, AIMessage) else {}
-        logprobs: dict[str, Any] = metadata.get("logprobs") or {}
-        entries: list[dict[str, Any]] = logprobs.get("content") or []
-        tokens = [str(entry.get("token", "")) for entry in entries]
-        if tokens:
-            found[str(index)] = {"text": "".join(tokens), "lengths": [len(token) for token in tokens]}
-    return found
+    metadata = cast("dict[str, Any]", response.response_metadata) if isinstance(response, AIMessage) else {}
+    logprobs: dict[str, Any] = metadata.get("logprobs") or {}
+    entries: list[dict[str, Any]] = logprobs.get("content") or []
+    tokens = [str(entry.get("token", "")) for entry in entries]
+    return {"text": "".join(tokens), "lengths": [len(token) for token in tokens]} if tokens else None
+
+
+def seed_of(*parts: object) -> int:
+    """A seed made of names and numbers: the same for the same ones, below 2³¹."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()) >> 1

@@ -14,10 +14,12 @@ from ec_agents.embedded.tasks import FAMILIES
 from ec_agents.errors import ConfigError
 from ec_agents.eval_agents import Factory, embedded_agent, embedded_model
 from ec_agents.eval_tasks import checker, load, read_tasks
-from ec_agents.evaluate import ALWAYS, BASELINES, evaluate
+from ec_agents.evaluate import BASELINES, evaluate
+from ec_agents.markdown import write_markdown
 from ec_agents.outcomes import grade, read_outcomes
 from ec_agents.report import write_evaluation_report
 from ec_agents.results import Evaluation, Row
+from ec_agents.rows import ALWAYS
 from ec_agents.run_eval import EvalRun, EvalSettings, Progress
 from ec_agents.scoring import SCORERS, scorer_named
 from ec_agents.selection import Selector
@@ -43,10 +45,12 @@ class Request:
     seed: int = 0
     seed_calls: bool | None = None
     top_logprobs: int = 20
+    command: str = ""
+    """The whole command, for readers of the table."""
 
 
 def run_request(request: Request, console: Console) -> Evaluation:
-    """Run what is missing, then make the table; writes ``evaluation.json`` and ``report.html``.
+    """Run what is missing, then make the table; writes ``evaluation.json``, ``results.md`` and ``report.html``.
 
     Raises:
         ConfigError: An option does not fit.
@@ -78,7 +82,7 @@ def run_request(request: Request, console: Console) -> Evaluation:
         run.on_progress = _progress(bar)
         asyncio.run(run.run())
     tuned = {} if run.is_multi_step else {"tuned": _grids(request.tuned)}
-    return _finished(run.evaluation(prices=_prices(request.prices), **tuned), request.out)
+    return _finished(run.evaluation(baselines=request.baselines, prices=_prices(request.prices), **tuned), request)
 
 
 def replay_request(trace: str, outcomes: Path, request: Request) -> Evaluation:
@@ -93,12 +97,13 @@ def replay_request(trace: str, outcomes: Path, request: Request) -> Evaluation:
     table = evaluate(
         graded,
         {name: selector for name, selector in named_selectors(names).items() if name not in ALWAYS},
+        baselines=request.baselines,
         tuned=_grids(request.tuned),
         prices=_prices(request.prices),
         seed=request.seed,
     )
     request.out.mkdir(parents=True, exist_ok=True)
-    return _finished(table, request.out)
+    return _finished(table, request)
 
 
 def named_selectors(names: Iterable[str]) -> dict[str, Selector]:
@@ -114,12 +119,16 @@ def named_selectors(names: Iterable[str]) -> dict[str, Selector]:
 def table_of(evaluation: Evaluation) -> Table:
     """The table as the terminal shows it: percent, points, and a star where the corrected p-value is below 0.05."""
     title = f"{evaluation.n_tasks} tasks, {evaluation.n_draws} draws, {evaluation.n_failed} failed calls or runs"
+    if evaluation.n_restarted:
+        title += f", {evaluation.n_restarted} runs begun again ({evaluation.n_repeated} calls made twice)"
     caption = f"{evaluation.level:.0%} intervals over tasks; * p < 0.05, paired, Holm-corrected"
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=None, pad_edge=False)
-    baselines = list(dict.fromkeys(name for row in evaluation.rows for name in row.versus))
-    table.add_column("selector", overflow="fold", min_width=27)
-    for column in ("right", "AUROC", *(f"-{name}" for name in baselines)):
-        table.add_column(column, justify="right", no_wrap=column == "right")
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=None)
+    table.padding, table.pad_edge = (0, 1, 0, 0), False
+    baselines = [name for name in evaluation.baselines if any(name in row.versus for row in evaluation.rows)]
+    table.add_column("selector", no_wrap=True, max_width=40)
+    table.add_column("right", justify="right", no_wrap=True)
+    for column in ("AUROC", *(f"- {name}" for name in baselines)):
+        table.add_column(column, justify="right", overflow="fold", min_width=6)
     for row in evaluation.rows:
         table.add_row(*_cells(row, baselines))
     return table
@@ -159,9 +168,10 @@ def _prices(text: str | None) -> tuple[float, float] | None:
     return given, taken
 
 
-def _finished(evaluation: Evaluation, out: Path) -> Evaluation:
-    evaluation.save(out / "evaluation.json")
-    write_evaluation_report(evaluation, out / "report.html")
+def _finished(evaluation: Evaluation, request: Request) -> Evaluation:
+    evaluation.save(request.out / "evaluation.json")
+    write_markdown(evaluation, request.out / "results.md", title=Path(request.tasks).name, command=request.command)
+    write_evaluation_report(evaluation, request.out / "report.html")
     return evaluation
 
 

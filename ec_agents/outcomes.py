@@ -63,6 +63,10 @@ class RunOutcome:
     """Tokens of all candidates of all steps, as far as they are reported."""
     error: str | None = None
     """What went wrong, of an infrastructure error."""
+    restarts: int = 0
+    """How often it was cut off, could not go on, and was begun again."""
+    repeated: int = 0
+    """Calls that were made again because of that, as far as a trace tells."""
 
 
 def grade(steps: Iterable[Step], check: Check) -> Iterator[Graded]:

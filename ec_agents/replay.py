@@ -15,6 +15,9 @@ from ec_agents.stats import auroc, best_of_subset
 
 Floats = NDArray[np.float64]
 
+EVERY_N = 16
+"""Up to this, a curve has a point for each n."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
@@ -49,12 +52,9 @@ Policy = Callable[[Graded, Sequence[int]], Replay]
 
 
 def curve_points(n: int) -> tuple[int, ...]:
-    """The values of n of a curve: each doubling, half-way between them, and N itself."""
-    points, width = {1, n}, 1
-    while width < n:
-        points |= {point for point in (width, width * 3 // 2) if point < n}
-        width *= 2
-    return tuple(sorted(points))
+    """The values of n of a curve: each up to 16, then each doubling, and N itself."""
+    doublings = (EVERY_N << shift for shift in range(1, n.bit_length()))
+    return tuple(sorted({*range(1, min(n, EVERY_N) + 1), *(point for point in doublings if point < n), n}))
 
 
 class SelectorPolicy:
@@ -119,7 +119,7 @@ class SelectorPolicy:
     def _outcome(self, graded: Graded, positions: Sequence[int]) -> float:
         candidates = graded.step.candidates
         subset = [candidates[position] for position in positions if position < len(candidates)]
-        return float(graded.right[self._selector(subset).chosen]) if subset else 0.0
+        return float(graded.right[self._selector.choose(subset)]) if subset else 0.0
 
     def _probe(self, candidates: Sequence[Candidate], selection: Selection) -> None:
         """Find out whether a candidate alone has the score that it has among the others."""

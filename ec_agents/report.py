@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from ec_agents.candidates import Candidate, Selection, Step, TokenSignals
 from ec_agents.charts import Axis, Series, bars, line_chart, linear_axis, log_axis, percent_axis
 from ec_agents.entropy import PhaseConfig, entropy_centroid
-from ec_agents.evaluate import ALWAYS, BASELINES
+from ec_agents.evaluate import BASELINES
 from ec_agents.results import Evaluation, Row
+from ec_agents.rows import ALWAYS
 from ec_agents.scoring import CentroidScorer
 from ec_agents.selection import Selector
 
@@ -86,7 +87,7 @@ def write_evaluation_report(evaluation: Evaluation, path: str | Path, *, title: 
         "evaluation.html.j2",
         title=title,
         evaluation=evaluation,
-        baselines=[name for name in BASELINES if any(name in row.versus for row in rows)],
+        baselines=[name for name in evaluation.baselines if any(name in row.versus for row in rows)],
         most_trials=max((k for row in rows for k in row.pass_hat), default=1),
         legend=[(row.selector, style) for row, style in lines],
         left_out=len(own) - len(shown),
@@ -112,6 +113,15 @@ def explain(selection: Selection) -> str:
     return said
 
 
+def timing(step: Step) -> str:
+    """In a sentence, how long drawing took, the slowest call, and all calls one after the other; empty if unknown."""
+    calls = [candidate.seconds for candidate in step.candidates if candidate.seconds is not None]
+    said = [] if step.seconds is None else [f"drawing took {step.seconds:.3g} s"]
+    if calls:
+        said += [f"the slowest call {max(calls):.3g} s", f"{len(calls)} calls together {sum(calls):.3g} s"]
+    return f"{', '.join(said)}.".capitalize() if said else ""
+
+
 def _step_view(step: Step, scorer: CentroidScorer) -> dict[str, Any]:
     """What the template needs of a step; the candidates as JSON, for the script to show when the step is opened."""
     selection, recorded = step.selection, step.selection is not None
@@ -135,11 +145,12 @@ def _step_view(step: Step, scorer: CentroidScorer) -> dict[str, Any]:
         "failures": {str(i): text for i, text in step.failures.items()},
     }
     why = "No candidate: every call failed." if selection is None else explain(selection)
+    why = why if recorded or selection is None else f"Replayed, the trace records no choice. {why}"
     return {
         "run": step.run,
         "task": step.task,
         "number": step.number,
-        "why": why if recorded or selection is None else f"Replayed, the trace records no choice. {why}",
+        "why": f"{why} {timing(step)}".rstrip(),
         "count": len(step.candidates),
         "chosen": data["chosen"],
         "json": Markup(script_json(data)),  # noqa: S704 - escaped by script_json
@@ -162,6 +173,7 @@ def _picture(
         "calls": [f"{call.get('name')}({_arguments(call)})" for call in candidate.tool_calls],
         "tokens": n_tokens if signals is not None else None,
         "finish": candidate.finish_reason,
+        "seconds": candidate.seconds,
         "phases": len(phases),
         "centroid": centroid if math.isfinite(centroid) else None,
     }

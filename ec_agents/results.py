@@ -90,7 +90,7 @@ class Row:
     curve: Mapping[int, float] = field(default_factory=dict[int, float])
     """n → expected accuracy if only n candidates had been drawn."""
     by_length: tuple[Estimate | None, ...] = ()
-    """Accuracy in the thirds of steps with short, middling and long candidates."""
+    """Accuracy in the thirds of steps, or of tasks, with short, middling and long candidates or runs."""
     scores: Distribution | None = None
     """Scores of right and wrong candidates."""
     note: str = ""
@@ -111,12 +111,18 @@ class Evaluation:
     n_failed: int
     """Calls that failed, or runs that ended in an infrastructure error; they count as not right."""
     lengths: tuple[float, ...]
-    """Mean tokens of a candidate that separate the thirds of ``by_length``."""
+    """Median tokens of a candidate, or mean output tokens of a task's runs, that separate ``by_length``."""
     level: float
     """Coverage of the intervals."""
     resamples: int
     seed: int
     """Seed of resampling and subsets."""
+    baselines: tuple[str, ...] = ()
+    """Rows that the others are compared with."""
+    n_restarted: int = 0
+    """Of whole runs: how often one was cut off, could not go on, and was begun again."""
+    n_repeated: int = 0
+    """Calls that were made again because of that, as far as the trace tells."""
 
     def row(self, selector: str) -> Row:
         """The row of a selector.

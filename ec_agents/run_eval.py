@@ -1,51 +1,44 @@
 """Runs of an evaluation: every task and trial once, on disk as it ends, so that a killed one goes on where it was."""
 
 import asyncio
-import hashlib
-import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
-from uuid import uuid4
 
 import msgspec
-from langgraph.errors import GraphRecursionError
+from langgraph.checkpoint.base import BaseCheckpointSaver
 
-from ec_agents.candidates import Candidate, Step
+from ec_agents.candidates import Step
 from ec_agents.errors import ConfigError, SamplingError
-from ec_agents.eval_agents import Factory, answer_of, asker, make, makes_agents, steps_of, token_texts
-from ec_agents.eval_store import TRACE, Outcome, Unit, check_settings, locked, read_outcome_lines, write_outcome
+from ec_agents.eval_agents import Factory, makes_agents
+from ec_agents.eval_store import (
+    TRACE,
+    EvalSettings,
+    Outcome,
+    UnderWay,
+    Unit,
+    check_settings,
+    checkpoints,
+    locked,
+    read_outcome_lines,
+    recorded_steps,
+    steps_under_way,
+    write_outcome,
+)
 from ec_agents.eval_tasks import Checker, EvalTask
-from ec_agents.evaluate import ALWAYS, evaluate, evaluate_runs
-from ec_agents.messages import describe_failure
+from ec_agents.eval_units import UnitRunner, graded
+from ec_agents.evaluate import evaluate, evaluate_runs
 from ec_agents.outcomes import Graded, RunOutcome
 from ec_agents.results import Evaluation
-from ec_agents.sampling import sample
+from ec_agents.rows import ALWAYS
 from ec_agents.selection import Selector
-from ec_agents.trace import TraceWriter, read_steps
+from ec_agents.trace import TraceWriter
 
 ERRORS_IN_A_ROW = 20
 """So many infrastructure errors without a success between them end an evaluation."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalSettings:
-    """What must not change when an evaluation goes on."""
-
-    tasks: str
-    """Where they come from."""
-    agent: str
-    """Name of the factory."""
-    n: int = 8
-    """Candidates a step."""
-    seed: int = 0
-    """Every run and call has its own seed made from this one."""
-    seed_calls: bool = False
-    """Whether each call of a one-step task is sent its seed; not every server takes one."""
-    top_logprobs: int | None = 20
-    """Alternatives that each call of a one-step task asks for; None asks for nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +55,9 @@ class Progress:
 class EvalRun:
     """An evaluation in a directory: ``trace.jsonl``, ``outcomes.jsonl`` and ``settings.json``.
 
-    A run is done when its outcome is written. What is done is not done again; a one-step task that was drawn but not
-    graded when the program was killed is graded from the trace.
+    A run is done when its outcome is written. What is done is not done again. Of a one-step task each candidate is kept
+    as it comes, and what was drawn but not graded when the program was killed is graded from the trace. An agent that
+    is a compiled graph goes on from its last superstep; another one begins again, which its outcome says.
     """
 
     settings: EvalSettings
@@ -109,22 +103,18 @@ class EvalRun:
         with locked(self.out), TraceWriter(self.out / TRACE) as trace:
             check_settings(self.out, asdict(self.settings))
             self._done = {unit: outcome for unit, outcome in read_outcome_lines(self.out) if outcome.error is None}
-            await self._grade_what_was_drawn()
-            tasks = {task.id: task for task in self.tasks}
-            missing = iter([unit for unit in self.units if unit not in self._done])
+            if not self.is_multi_step:
+                await self._grade_what_was_drawn()
+            missing = [unit for unit in self.units if unit not in self._done]
             self._report()
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(self.concurrency):
-                        group.create_task(self._work(missing, tasks, trace))
-            except BaseExceptionGroup as failures:
-                raise failures.exceptions[0] from None
+            async with checkpoints(self.out) if self.is_multi_step and missing else nullcontext() as saver:
+                await self._work_on(iter(missing), self._runner(missing, trace, saver))
 
     def graded(self) -> Iterator[Graded]:
         """The graded steps of one-step tasks; one in which everything failed has no candidate that is right."""
         outcomes = {o.run: o for _, o in self._wanted() if isinstance(o.right, dict)}
         if outcomes:
-            for step in read_steps(self.out / TRACE):
+            for step in recorded_steps(self.out / TRACE):
                 if step.run in outcomes:
                     yield Graded(step=step, right=cast("dict[int, bool]", outcomes[step.run].right))
         for _, outcome in self._wanted():
@@ -146,83 +136,51 @@ class EvalRun:
         latest, units = dict(read_outcome_lines(self.out)), set(self.units)
         return [(unit, outcome) for unit, outcome in latest.items() if unit in units]
 
-    async def _work(self, units: Iterator[Unit], tasks: Mapping[str, EvalTask], trace: TraceWriter) -> None:
-        for unit in units:
-            task, trial, arm = unit
-            seed = seed_of(self.settings.seed, task, trial)
-            start = Outcome(
-                run=f"{task}/{trial}/{arm or 'all'}#{uuid4().hex[:8]}", task=task, trial=trial, selector=arm, seed=seed
-            )
-            began = time.perf_counter()
-            try:
-                draw = self._one_step if arm is None else self._whole_run
-                outcome = await draw(start, tasks[task], trace)
-            except ConfigError:
-                raise
-            except Exception as error:  # noqa: BLE001 - whatever an agent or a server raises is a result
-                outcome = msgspec.structs.replace(start, error=f"{type(error).__name__}: {error}")
-            self._finish(unit, msgspec.structs.replace(outcome, seconds=time.perf_counter() - began))
-
-    async def _one_step(self, start: Outcome, task: EvalTask, trace: TraceWriter) -> Outcome:
-        model = make(self.factory, n=self.settings.n, task=task, seed=start.seed)
-        ask = asker(model, top_logprobs=self.settings.top_logprobs, seed_calls=self.settings.seed_calls)
-        began = time.perf_counter()
-        drawn = await sample(lambda i: ask(task.prompt, seed_of(start.seed, i)), n=self.settings.n, min_candidates=1)
-        step = Step(
-            run=start.run,
-            task=task.id,
-            candidates=drawn.candidates,
-            selection=next(iter(self.selectors.values()), Selector())(drawn.candidates),
-            failures={i: describe_failure(failure) for i, failure in drawn.failures.items()},
-            seconds=time.perf_counter() - began,
-            info={"trial": start.trial, "seed": start.seed, "tokens": token_texts(drawn)},
+    def _runner(self, units: Sequence[Unit], trace: TraceWriter, saver: BaseCheckpointSaver[Any] | None) -> UnitRunner:
+        return UnitRunner(
+            settings=self.settings,
+            factory=self.factory,
+            check=self.check,
+            selectors=self.selectors,
+            out=self.out,
+            trace=trace,
+            saver=saver,
+            recorded=steps_under_way(self.out, units) if self.is_multi_step else {},
         )
-        trace.write(step)
-        return await self._graded(start, task, step)
 
-    async def _graded(self, start: Outcome, task: EvalTask, step: Step) -> Outcome:
-        right = {c.index: await self._is_right(task, c.content, c.tool_calls) for c in step.candidates}
-        return msgspec.structs.replace(start, right=right, usage=_usage(step.candidates))
-
-    async def _whole_run(self, start: Outcome, task: EvalTask, trace: TraceWriter) -> Outcome:
-        arm = cast("str", start.selector)
-        n = 1 if arm == "first" else self.settings.n
-        agent = make(self.factory, n=n, selector=self.selectors[arm], task=task, seed=start.seed)
-        usage: dict[str, int] = {}
-        state: Any = None
+    async def _work_on(self, units: Iterator[Unit], runner: UnitRunner) -> None:
+        tasks = {task.id: task for task in self.tasks}
         try:
-            async for found in steps_of(agent, task, start.run):
-                if isinstance(found, Step):
-                    trace.write(found)
-                    usage = _sum(usage, _usage(found.candidates))
-                else:
-                    state = found
-        except GraphRecursionError:  # the agent's own failure
-            return msgspec.structs.replace(start, right=False, usage=usage)
-        text, calls = answer_of(state)
-        return msgspec.structs.replace(start, right=await self._is_right(task, text, calls), usage=usage)
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self.concurrency):
+                    group.create_task(self._work(units, tasks, runner))
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
 
-    async def _is_right(self, task: EvalTask, text: str, calls: Sequence[Mapping[str, Any]]) -> bool:
-        verdict = self.check(task, text, calls)
-        return bool(await verdict if inspect.isawaitable(verdict) else verdict)
+    async def _work(self, units: Iterator[Unit], tasks: Mapping[str, EvalTask], runner: UnitRunner) -> None:
+        for unit in units:
+            began = time.perf_counter()
+            outcome = await runner.outcome(unit, tasks[unit[0]])
+            self._finish(unit, msgspec.structs.replace(outcome, seconds=time.perf_counter() - began))
+            if runner.saver is not None and outcome.error is None:
+                await runner.saver.adelete_thread(outcome.run)
 
     async def _grade_what_was_drawn(self) -> None:
         """Grade the steps that were recorded but have no outcome, of one-step tasks."""
         tasks = {task.id: task for task in self.tasks}
-        if self.is_multi_step or not (self.out / TRACE).stat().st_size:
-            return
-        graded = {outcome.run for _, outcome in read_outcome_lines(self.out) if outcome.error is None}
-        for step in read_steps(self.out / TRACE):
+        finished = {outcome.run for _, outcome in read_outcome_lines(self.out) if outcome.error is None}
+        for step in recorded_steps(self.out / TRACE):
             unit = (step.task or "", int(step.info.get("trial", 0)), None)
-            if step.run not in graded and unit not in self._done and step.task in tasks:
+            if step.run not in finished and unit not in self._done and step.task in tasks:
                 start = Outcome(run=step.run, task=step.task, trial=unit[1], seed=step.info.get("seed", 0))
-                self._finish(unit, await self._graded(start, tasks[step.task], step))
+                self._finish(unit, await graded(self.check, start, tasks[step.task], step))
 
     def _finish(self, unit: Unit, outcome: Outcome) -> None:
         write_outcome(self.out, outcome)
         self._done[unit] = outcome
         self._report()
         if outcome.error is None:
+            UnderWay(self.out, unit).forget()
             self._errors_in_a_row.clear()
             return
         self._errors_in_a_row.append(outcome.error)
@@ -240,11 +198,6 @@ class EvalRun:
         self.on_progress(Progress(done=len(done), total=len(units), errors=errors))
 
 
-def seed_of(*parts: object) -> int:
-    """A seed made of names and numbers: the same for the same ones, below 2³¹."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()) >> 1
-
-
 def _run_outcome(outcome: Outcome) -> RunOutcome:
     right = outcome.right if isinstance(outcome.right, bool) else None
     return RunOutcome(
@@ -254,15 +207,6 @@ def _run_outcome(outcome: Outcome) -> RunOutcome:
         right=right,
         usage=outcome.usage,
         error=outcome.error,
+        restarts=outcome.restarts,
+        repeated=outcome.repeated,
     )
-
-
-def _usage(candidates: Iterable[Candidate]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for candidate in candidates:
-        total = _sum(total, candidate.usage or {})
-    return total
-
-
-def _sum(left: Mapping[str, int], right: Mapping[str, int]) -> dict[str, int]:
-    return {key: left.get(key, 0) + right.get(key, 0) for key in {**left, **right}}

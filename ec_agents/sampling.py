@@ -78,8 +78,8 @@ async def sample(
 
     async def one(index: int) -> None:
         try:
-            response = await respond(lambda: call(index), policy, gate, give_up_at)
-            candidate = to_candidate(response, index)
+            response, seconds = await respond(lambda: _timed(call(index)), policy, gate, give_up_at)
+            candidate = _with_seconds(to_candidate(response, index), seconds)
         except GraphBubbleUp:
             raise
         except (Exception, asyncio.CancelledError) as failure:
@@ -149,6 +149,17 @@ def check_sampling(
     resolved = replace(policy or SamplingPolicy(), **{name: v for name, v in given.items() if v is not None})
     resolved.check(n)
     return resolved
+
+
+async def _timed(response: Awaitable[_T]) -> tuple[_T, float]:
+    now = asyncio.get_running_loop().time
+    started = now()
+    return await response, now() - started
+
+
+def _with_seconds(candidate: Candidate, seconds: float) -> Candidate:
+    """The candidate with its time, unless it has one: it may have been drawn before."""
+    return candidate if candidate.seconds is not None else replace(candidate, seconds=seconds)
 
 
 def _unanswered(policy: SamplingPolicy, *, enough: bool) -> BaseException:

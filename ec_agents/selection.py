@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -15,10 +15,11 @@ from ec_agents.scoring import (
     CountsVotes,
     FindsPhases,
     FirstScorer,
+    KnowsChance,
     KnowsNoise,
     Scorer,
     action_key,
-    chance_of_margin,
+    normal_chance,
 )
 
 __all__ = [
@@ -90,6 +91,19 @@ DEFAULT_GUARDS: Mapping[str, Guard] = {
 """The guards that every selection applies, by the name of the flaw that they find."""
 
 
+class _Ranking(NamedTuple):
+    """What a selector finds before it looks for evidence."""
+
+    ordered: list[Candidate]
+    """By index."""
+    ranked: list[Candidate]
+    """From best to worst."""
+    flaws: dict[int, dict[str, str]]
+    scores: dict[int, float | None]
+    fallback: Scorer | None
+    """What ranked instead, if there was nothing to rank by."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selector:
     """How one of the candidates is chosen.
@@ -127,19 +141,7 @@ class Selector:
             ConfigError: There is no candidate, or two have the same index.
             SelectionError: No candidate could be scored, and the fallback is ``"raise"``.
         """
-        ordered = sorted(candidates, key=lambda candidate: candidate.index)
-        if not ordered or len({candidate.index for candidate in ordered}) != len(ordered):
-            found = [candidate.index for candidate in ordered]
-            raise ConfigError(f"one or more candidates with different indexes are needed; found indexes {found}")
-        flaws = {candidate.index: self._flaws(candidate) for candidate in ordered}
-        groups = ([c for c in ordered if not flaws[c.index]], [c for c in ordered if flaws[c.index]])
-        scores = self._score(self.scorer, groups)
-        for candidate in ordered:
-            if scores[candidate.index] is None:
-                unscored = candidate.flaws.get("no_signal", f"the {self.scorer.name} scorer cannot score it")
-                flaws[candidate.index].setdefault("no_signal", unscored)
-        fallback = self._fallback(ordered, flaws, scores)
-        ranked = self._ranked(groups, flaws, scores, fallback)
+        ordered, ranked, flaws, scores, fallback = self._ranking(candidates)
         peers = [c for c in ranked if _severity(flaws[c.index]) == _severity(flaws[ranked[0].index])]
         margin = _margin(self.scorer, peers, scores) if fallback is None else None
         margin_sd, p_noise = (None, None) if margin is None else _noise(self.scorer, peers, margin)
@@ -158,6 +160,25 @@ class Selector:
             p_noise=p_noise,
             n_agree=sum(action_key(candidate) == winner for candidate in ordered),
         )
+
+    def choose(self, candidates: Sequence[Candidate]) -> int:
+        """Index of the candidate that a call chooses, without the evidence; raises what a call raises."""
+        return self._ranking(candidates).ranked[0].index
+
+    def _ranking(self, candidates: Sequence[Candidate]) -> _Ranking:
+        ordered = sorted(candidates, key=lambda candidate: candidate.index)
+        if not ordered or len({candidate.index for candidate in ordered}) != len(ordered):
+            found = [candidate.index for candidate in ordered]
+            raise ConfigError(f"one or more candidates with different indexes are needed; found indexes {found}")
+        flaws = {candidate.index: self._flaws(candidate) for candidate in ordered}
+        groups = ([c for c in ordered if not flaws[c.index]], [c for c in ordered if flaws[c.index]])
+        scores = self._score(self.scorer, groups)
+        for candidate in ordered:
+            if scores[candidate.index] is None:
+                unscored = candidate.flaws.get("no_signal", f"the {self.scorer.name} scorer cannot score it")
+                flaws[candidate.index].setdefault("no_signal", unscored)
+        fallback = self._fallback(ordered, flaws, scores)
+        return _Ranking(ordered, self._ranked(groups, flaws, scores, fallback), flaws, scores, fallback)
 
     def _ranked(
         self,
@@ -261,13 +282,13 @@ def _margin(scorer: Scorer, peers: Sequence[Candidate], scores: Mapping[int, flo
 
 def _noise(scorer: Scorer, peers: Sequence[Candidate], margin: float) -> tuple[float | None, float | None]:
     """The margin in standard deviations of scores without any signal, and how often these have such a margin."""
-    if not isinstance(scorer, KnowsNoise):
+    if isinstance(scorer, KnowsChance):
+        found = scorer.chance(peers, margin)
+    elif isinstance(scorer, KnowsNoise):
+        found = normal_chance(margin, scorer.noise(peers))
+    else:
         return None, None
-    deviations = np.asarray(scorer.noise(peers), dtype=np.float64)
-    if not (np.isfinite(deviations) & (deviations > 0)).all():
-        return None, None
-    first, second = deviations[:2].tolist()
-    return margin / math.sqrt((first**2 + second**2) / 2), chance_of_margin(margin, deviations)
+    return found if all(map(math.isfinite, found)) else (None, None)
 
 
 def _reason(flaws: Mapping[str, str], n: int, n_peers: int, margin: float | None, *, is_fallback: bool) -> Reason:

@@ -36,6 +36,9 @@ from ec_agents.records import Records, decoded, zstd
 TRACE_FORMAT = 1
 """Version of the lines that this version writes; it reads all up to this one."""
 
+_OWN = b'{"ec_agents":'
+"""How a line of a trace begins, also a torn one."""
+
 REMOVED = "[removed]"
 """Stands where a secret was."""
 
@@ -190,6 +193,7 @@ def _index(records: Records, group_by: str | None) -> dict[str, Places]:
     decoder = msgspec.json.Decoder(head)
     index: dict[str, Places] = {}
     torn: list[int] = []
+    is_trace = False
     for place, number, text in records.scan():
         try:
             values = dict(zip(fields, msgspec.structs.astuple(decoder.decode(text)), strict=True))
@@ -197,6 +201,7 @@ def _index(records: Records, group_by: str | None) -> dict[str, Places]:
             values = decoded(text)
             if values is None:
                 torn.append(number)
+                is_trace = is_trace or _OWN.startswith(bytes(text)[: len(_OWN)].rstrip())
                 continue
             if not isinstance(values, dict):
                 message = f"{records.path}, record {number}: an object is needed; found {values!r:.60}"
@@ -206,7 +211,7 @@ def _index(records: Records, group_by: str | None) -> dict[str, Places]:
         )
     if torn:
         _log.warning("%s: %d torn or damaged lines skipped, the first is line %d", records.path, len(torn), torn[0])
-    if not index:
+    if not index and not is_trace:
         raise TraceError(f"{records.path} holds no JSON record", records.path)
     return index
 

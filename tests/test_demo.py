@@ -18,6 +18,7 @@ from ec_agents import demo
 from ec_agents.candidates import Candidate, TokenSignals
 from ec_agents.embedded import EmbeddedChatModel, Task, make_tasks
 from ec_agents.embedded.tasks import find_solution
+from ec_agents.errors import SamplingError
 from ec_agents.testing import Reply, ScriptedChatModel
 
 PUZZLE = Task(family="play", prompt="make 10 from 2 3 5", numbers=(2, 3, 5), goal=10)
@@ -138,6 +139,31 @@ async def test_the_summary_counts_every_policy_on_every_family():
         assert not one_step or all(
             o or not f for f, o in zip(result.right["first"], result.right["oracle"], strict=True)
         )
+
+
+class Flaky(EmbeddedChatModel):
+    """Cannot be reached while certain tasks are asked."""
+
+    broken: frozenset[str]
+
+    async def _agenerate(self, messages: list[Any], *given: Any, **options: Any) -> Any:
+        if messages[0].text in self.broken:
+            raise ConnectionError("no route")
+        return await super()._agenerate(messages, *given, **options)
+
+
+async def test_a_task_that_fails_is_counted_and_the_others_go_on():
+    tasks = {family: make_tasks(family, 2, seed=0) for family in ("play", "solve", "plain")}
+    model = Flaky(broken=frozenset(tasks[family][1].prompt for family in ("play", "solve")))
+    out = io.StringIO()
+    await demo.run(model, Console(file=out, width=200), shown=0, count=2, n=2, seed=0)
+    assert "play: 4 runs failed and count as not right, the first with: 0 of 1 calls succeeded" in out.getvalue()
+    assert "solve: 1 runs failed and count as not right" in out.getvalue()
+    assert "plain: 1 runs failed" not in out.getvalue()
+    assert out.getvalue().count("/2 ") == 12
+    unreachable = Flaky(broken=frozenset(task.prompt for task in tasks["play"]))
+    with pytest.raises(SamplingError, match="0 of 1 calls succeeded"):
+        await demo.measure(unreachable, count=2, n=2, seed=0, on_done=lambda: None)
 
 
 def test_the_command_runs_on_the_embedded_model():

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -194,7 +195,7 @@ def test_an_exact_curve_agrees_with_subsets():
     exact = table(graded).row("entropy").curve
     drawn = table(graded, subsets=150)
     dependent = evaluate(graded, {"e": Selector(scorer=SIZE.scorer, tie_break=SIZE.scorer)}, subsets=150, resamples=10)
-    assert list(exact) == [1, 2, 3, 4, 6]
+    assert list(exact) == [1, 2, 3, 4, 5, 6]
     assert list(dependent.row("e").curve.values()) == pytest.approx(list(exact.values()), abs=0.05)
     assert drawn.row("entropy").curve == exact
 
@@ -239,6 +240,25 @@ def test_agreement_with_what_was_recorded():
     step = Step(run="r", task="a", candidates=one.step.candidates, selection=SIZE(one.step.candidates))
     found = table([Graded(step=step, right=one.right)])
     assert (found.row("entropy").agreement, found.row("first").agreement) == (1.0, 0.0)
+
+
+def test_baselines_are_chosen_and_a_baseline_is_compared_with_those_before_it():
+    graded = noise(10, 4, np.random.default_rng(0))
+    found = evaluate(graded, {"entropy": SIZE, "other": SIZE}, baselines=("first", "majority", "entropy"), resamples=20)
+    assert found.baselines == ("first", "majority", "entropy")
+    compared = {row.selector: tuple(row.versus) for row in found.rows}
+    assert compared == {
+        "avg@1": (),
+        "first": (),
+        "random": (),
+        "majority": ("first",),
+        "entropy": ("first", "majority"),
+        "other": ("first", "majority", "entropy"),
+        "oracle": (),
+    }
+    assert found.row("other").versus["entropy"].value == 0
+    with pytest.raises(ConfigError, match="no row to compare with is called nothing; known: avg@1, first"):
+        evaluate(graded, {"entropy": SIZE}, baselines=("nothing",))
 
 
 def test_thirds_by_length():
@@ -345,6 +365,25 @@ def test_tuning_keeps_a_task_in_one_fold():
 def test_wrong_use_is_explained(wrong: Callable[[], object], message: str):
     with pytest.raises(ConfigError, match=message):
         wrong()
+
+
+def test_whole_runs_are_split_by_their_length_and_say_what_was_repeated():
+    runs = [
+        RunOutcome(
+            task=f"t{i}",
+            selector=arm,
+            right=i % 2 == 0,
+            usage={"input_tokens": 1, "output_tokens": i},
+            restarts=int(arm == "a"),
+        )
+        for arm in ("a", "b")
+        for i in range(9)
+    ]
+    found = evaluate_runs([*runs, replace(runs[0], task="t9", repeated=8)], baselines=("a",), resamples=20)
+    assert (found.baselines, found.n_restarted, found.n_repeated) == (("a",), 10, 8)
+    assert [e is not None for e in found.row("b").by_length] == [True] * 3
+    assert found.lengths == pytest.approx((8 / 3, 16 / 3))
+    assert tuple(found.row("b").versus) == ("a",)
 
 
 def test_whole_runs_are_compared_task_by_task():

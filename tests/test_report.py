@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ec_agents.errors import ConfigError
 from ec_agents.evaluate import evaluate, evaluate_runs
 from ec_agents.outcomes import Graded, RunOutcome
 from ec_agents.plots import write_plots
-from ec_agents.report import explain, script_json, shades, write_evaluation_report, write_trace_report
+from ec_agents.report import explain, script_json, shades, timing, write_evaluation_report, write_trace_report
 from ec_agents.scoring import SCORERS
 from ec_agents.selection import Selector, select
 
@@ -158,6 +159,15 @@ def test_a_step_is_summed_up_in_words():
     assert "there was nothing to rank by" in explain(select(nothing))
 
 
+def test_timings_are_summed_up_in_words():
+    drawn = [replace(candidate(i, "a", [1.0]), seconds=seconds) for i, seconds in enumerate((0.5, None, 2.0))]
+    assert timing(Step(run="a", candidates=drawn, seconds=2.125)) == (
+        "Drawing took 2.12 s, the slowest call 2 s, 2 calls together 2.5 s."
+    )
+    assert timing(Step(run="a", candidates=drawn[:1])) == "The slowest call 0.5 s, 1 calls together 0.5 s."
+    assert timing(Step(run="a", candidates=drawn[1:2])) == ""
+
+
 def test_a_step_without_a_choice_or_a_candidate_is_shown_as_what_it_is(tmp_path: Path):
     steps = [
         Step(run="a", candidates=[candidate(0, "x", [1.0, 0.0])]),
@@ -225,6 +235,10 @@ async def test_pages_in_a_browser(tmp_path: Path, width: int, dark: bool):  # no
             assert (
                 await page.run("document.images.length + document.querySelectorAll('iframe, link, object').length") == 0
             )
+            header = ".results thead th" if name == "evaluation" else ".scores th"
+            heights = await page.run(f"[...document.querySelectorAll('{header}')].map((cell) => cell.offsetHeight)")
+            assert max(heights) < 100  # no heading with a letter a line
+            assert await page.run(f"document.querySelector('{header}').offsetWidth") <= width / 2
             background = await page.run("getComputedStyle(document.body).backgroundColor")
             assert background == ("rgb(20, 23, 26)" if dark else "rgb(255, 255, 255)")
             if name == "trace":

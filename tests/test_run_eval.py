@@ -17,12 +17,12 @@ import pytest
 from ec_agents.cli import main
 from ec_agents.embedded import make_tasks
 from ec_agents.errors import ConfigError, SamplingError
-from ec_agents.eval_agents import embedded_agent, embedded_model
+from ec_agents.eval_agents import embedded_agent, embedded_model, seed_of
 from ec_agents.eval_store import OUTCOMES, SETTINGS, TRACE, Outcome, read_outcome_lines, write_outcome
 from ec_agents.eval_tasks import EvalTask, check_embedded, check_exact, check_math, checker, read_tasks
 from ec_agents.graph import create_centroid_agent
 from ec_agents.results import load_evaluation
-from ec_agents.run_eval import ERRORS_IN_A_ROW, EvalRun, EvalSettings, Progress, seed_of
+from ec_agents.run_eval import ERRORS_IN_A_ROW, EvalRun, EvalSettings, Progress
 from ec_agents.scoring import CentroidScorer, FirstScorer
 from ec_agents.selection import Selector
 from ec_agents.testing import Reply, ScriptedChatModel, profile_logprobs
@@ -396,7 +396,10 @@ def test_the_command_evaluates_an_agent_and_a_trace(
     assert "3 tasks, 6 draws, 0 failed calls or runs" in run("tasks.jsonl", "--agent", "mine:agent", *options)
     rows = [{"run": step.run, "right": step.number == 0} for step in read_steps(project / "agent" / TRACE)]
     (project / "outcomes.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    replayed = run("agent/trace.jsonl", "--outcomes", "outcomes.jsonl", "--out", "replay", "--prices", "1,2")
+    replay = ["agent/trace.jsonl", "--outcomes", "outcomes.jsonl", "--out", "replay", "--prices", "1,2"]
+    replayed = run(*replay, "--baseline", "mean-entropy")
+    assert "$ ec-agents eval agent/trace.jsonl" in (project / "replay" / "results.md").read_text()
+    assert "- mean-" in replayed
     assert "oracle" in replayed
     assert load_evaluation(project / "replay" / "evaluation.json").row("centroid").accuracy.value == 1.0
 

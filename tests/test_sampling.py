@@ -62,6 +62,19 @@ async def test_calls_run_at_the_same_time_up_to_max_concurrency():
     assert peak == 3
 
 
+async def test_each_call_is_timed_without_what_it_waited_for_its_turn(monkeypatch: pytest.MonkeyPatch):
+    clock = 0.0
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: clock)
+
+    async def call(index: int) -> AIMessage:
+        nonlocal clock
+        clock += index + 1
+        return Reply(content="a").message()
+
+    drawn = await sample(call, n=3, max_concurrency=1)
+    assert [c.seconds for c in drawn.candidates] == [1, 2, 3]
+
+
 async def test_failures_are_kept_beside_the_results():
     async def call(index: int) -> AIMessage:
         if index % 2:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,14 @@ from ec_agents.scoring import (
     CentroidScorer,
     KnowsNoise,
     RandomScorer,
-    Scorer,
     SignalScorer,
-    StandardizedCentroidScorer,
     TailEntropyScorer,
     chance_of_margin,
     scorer_named,
     self_certainty,
 )
 from ec_agents.scoring.baselines import bottom_groups, group_means, lowest_group, mean, tail_mean
+from ec_agents.scoring.noise import maximum_chance
 from ec_agents.selection import Selector
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "golden.json").read_text())["cases"]
@@ -317,14 +317,33 @@ def test_the_chance_does_not_depend_on_the_unit():
     assert chance_of_margin(0.1, [0.2, 0.3]) == pytest.approx(chance_of_margin(100, [200, 300]))
 
 
-@pytest.mark.parametrize(
-    "scorer", [CentroidScorer(), CentroidScorer("short"), StandardizedCentroidScorer("short"), MEAN_ENTROPY]
-)
-@pytest.mark.parametrize("lengths", [[60] * 8, [400] * 4, [40, 40, 400, 800]])
-def test_candidates_without_signal_are_rarely_above_the_noise_floor(scorer: Scorer, lengths: list[int]):
+NO_NULL = {"shortest", "longest"}
+KNOWN = [name for name in SCORERS if name not in NO_NULL]
+
+
+def agreeing_by_chance(rng: np.random.Generator, lengths: Sequence[int], n_actions: int) -> list[Candidate]:
+    """Candidates whose tokens are exchangeable, each with any of the actions."""
+    drawn = shuffled_noise(rng, lengths)
+    return [replace(c, content=str(rng.integers(n_actions))) for c in drawn]
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize(("lengths", "n_actions"), [([60] * 8, 3), ([400] * 4, 2), ([40, 40, 400, 800], 5)])
+def test_candidates_without_signal_are_rarely_above_the_noise_floor(name: str, lengths: list[int], n_actions: int):
     rng = np.random.default_rng(7)
-    above = sum(bool(Selector(scorer=scorer, guards={})(shuffled_noise(rng, lengths)).above_noise) for _ in range(200))
-    assert above <= 200 * 0.1  # 0.05 is meant; 0.1 is 3.2 standard errors above it
+    choose = Selector(scorer=RandomScorer(0) if name == "random" else SCORERS[name](), guards={})
+    found = [choose(agreeing_by_chance(rng, lengths, n_actions)).above_noise for _ in range(150)]
+    assert None not in found
+    assert sum(map(bool, found)) <= 150 * 0.12  # 0.05 is meant; 0.12 is 3.9 standard errors above it
+
+
+def test_groups_of_long_texts_have_a_noise_floor_too():
+    rng = np.random.default_rng(7)
+    drawn = [shuffled_noise(rng, [2000, 3000, 5000, 9000]) for _ in range(60)]
+    for name in ("deepconf-lowest-group", "deepconf-bottom-10"):
+        p_values = [Selector(scorer=SCORERS[name](), guards={})(rows).p_noise for rows in drawn]
+        assert sum(p < 0.05 for p in p_values if p is not None) <= 60 * 0.16
+        assert np.mean([p is not None and p < 0.5 for p in p_values]) == pytest.approx(0.5, abs=0.2)
 
 
 def test_noise_is_the_spread_of_scores_without_signal():
@@ -350,11 +369,46 @@ def test_a_clear_signal_is_above_the_noise_floor_and_says_by_how_much():
     assert choice.to_builtins()["above_noise"] is True
 
 
-def test_what_has_no_noise_distribution_says_so():
-    drawn = [candidate(0, [0.1, 2.0]), candidate(1, [1.0, 0.0])]
-    for scorer in (RandomScorer(0), scorer_named("longest"), scorer_named("majority")):
-        choice = Selector(scorer=scorer, guards={})(drawn)
-        assert (choice.margin_sd, choice.p_noise, choice.above_noise) == (None, None, None)
+@pytest.mark.parametrize("name", sorted(NO_NULL))
+def test_what_has_no_noise_distribution_says_so(name: str):
+    choice = Selector(scorer=SCORERS[name](), guards={})([candidate(0, [0.1, 2.0]), candidate(1, [1.0, 0.0, 1.0])])
+    assert choice.margin == 1
+    assert (choice.margin_sd, choice.p_noise, choice.above_noise) == (None, None, None)
+
+
+def test_an_order_or_a_random_number_is_never_a_signal():
+    drawn = [candidate(i, [0.1, 2.0]) for i in range(4)]
+    assert Selector(scorer=scorer_named("first"), guards={})(drawn).p_noise == 1
+    numbers = np.sort(np.random.default_rng(0).random((20_000, 4)), axis=1)
+    for margin in (0.02, 0.2, 0.5):
+        _, p = RandomScorer(0).chance(drawn, margin)
+        assert p == pytest.approx(np.mean(numbers[:, 1] - numbers[:, 0] >= margin), abs=0.02)
+
+
+def test_a_lead_that_length_alone_gives_is_no_signal():
+    rng = np.random.default_rng(0)
+    sums = scorer_named("sum-logprob")
+    by_length = Selector(scorer=sums, guards={})(shuffled_noise(rng, [40, 400, 400, 400]))
+    assert by_length.chosen == 0
+    assert by_length.margin_sd is not None
+    assert by_length.margin_sd > 3
+    assert by_length.above_noise is False
+    rows = shuffled_noise(rng, [400] * 4)
+    sure = replace(rows[2], signals=signals(rng.gamma(0.1, 1, 400)))
+    assert Selector(scorer=sums, guards={})([*rows[:2], sure, rows[3]]).above_noise is True
+
+
+@given(st.lists(st.lists(st.floats(0, 3), min_size=1, max_size=9), min_size=2, max_size=5), st.floats(0, 4))
+def test_the_chance_of_a_lowest_maximum_is_a_count(tokens: list[list[float]], margin: float):
+    sd, p = maximum_chance(margin, [np.array(values) for values in tokens])
+    if math.isnan(sd):
+        return
+    pool = np.concatenate([np.array(values) for values in tokens])
+    rng = np.random.default_rng(0)
+    maxima = np.stack([pool[rng.integers(len(pool), size=(2000, len(v)))].max(axis=1) for v in tokens])
+    gaps = np.diff(np.sort(maxima, axis=0)[:2], axis=0)[0]
+    low, high = np.mean(gaps > margin + 1e-6) - 0.06, np.mean(gaps >= margin - 1e-6) + 0.06
+    assert low <= p <= high
 
 
 def test_min_tokens_looks_at_sound_candidates_only(caplog: pytest.LogCaptureFixture):

@@ -248,9 +248,10 @@ def test_selection_properties(rows: list[tuple[list[float] | None, dict[str, str
     assert select(shuffled) == choice
 
 
-@given(_entropies, _flaws)
-def test_candidates_survive_the_state_exactly(entropies: list[float], flaws: dict[str, str]):
-    before = candidate(0, signals=signals(entropies), flaws=flaws, tool_calls=[{"name": "f", "args": {"é": [1]}}])
+@given(_entropies, _flaws, st.none() | st.floats(0, 1e6))
+def test_candidates_survive_the_state_exactly(entropies: list[float], flaws: dict[str, str], seconds: float | None):
+    call = {"name": "f", "args": {"é": [1]}}
+    before = candidate(0, signals=signals(entropies), flaws=flaws, tool_calls=[call], seconds=seconds)
     after = Candidate.from_builtins(before.to_builtins())
     assert after.signals is not None
     assert before.signals is not None

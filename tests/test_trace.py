@@ -22,6 +22,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from ec_agents.candidates import Candidate, Step, TokenSignals
 from ec_agents.errors import TraceError
 from ec_agents.graph import create_centroid_agent
+from ec_agents.logprobs import choice_candidate
 from ec_agents.selection import select
 from ec_agents.testing import Reply, ScriptedChatModel, profile_logprobs
 from ec_agents.trace import REMOVED, TraceWriter, read_steps, read_trajectories
@@ -36,7 +37,9 @@ def signals(entropies: Sequence[float]) -> TokenSignals:
 
 def step(run: str = "a", number: int = 0, content: str = "text", **fields: Any) -> Step:
     drawn = [
-        Candidate(index=0, content=content, signals=signals([0.1, 2.0, math.nan]), usage={"output_tokens": 3}),
+        Candidate(
+            index=0, content=content, signals=signals([0.1, 2.0, math.nan]), usage={"output_tokens": 3}, seconds=0.7
+        ),
         Candidate(index=1, tool_calls=[{"name": "f", "args": {"x": [1, "é"]}}], flaws={"refused": "no"}),
     ]
     given: dict[str, Any] = {"candidates": drawn, "selection": select(drawn), **fields}
@@ -50,7 +53,7 @@ def assert_equal(after: Step, before: Step) -> None:
             assert ours.signals.n_alternatives == theirs.signals.n_alternatives
             for name in ("entropies", "logprobs", "confidences"):
                 np.testing.assert_array_equal(getattr(ours.signals, name), getattr(theirs.signals, name))
-        for name in ("index", "content", "tool_calls", "finish_reason", "usage", "flaws"):
+        for name in ("index", "content", "tool_calls", "finish_reason", "usage", "flaws", "seconds"):
             assert getattr(ours, name) == getattr(theirs, name) or (name == "tool_calls" and not ours.tool_calls)
     for name in ("run", "number", "task", "selection", "failures", "seconds", "info"):
         assert getattr(after, name) == getattr(before, name), name
@@ -88,12 +91,18 @@ _json = st.recursive(
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.text(max_size=60), st.dictionaries(st.text(max_size=8), _json, max_size=3), st.lists(st.floats(0, 9, width=32))
+    st.text(max_size=60),
+    st.dictionaries(st.text(max_size=8), _json, max_size=3),
+    st.lists(st.floats(0, 9, width=32)),
+    st.none() | st.floats(0, 1e6),
 )
-def test_any_text_and_arguments_survive(tmp_path_factory: Any, content: str, args: dict[str, Any], values: list[float]):
+def test_any_text_arguments_and_timings_survive(
+    tmp_path_factory: Any, content: str, args: dict[str, Any], values: list[float], seconds: float | None
+):
     path = tmp_path_factory.mktemp("trace") / "t.jsonl"
-    drawn = [Candidate(index=0, content=content, tool_calls=[{"name": "f", "args": args}], signals=signals(values))]
-    before = Step(run="a", candidates=drawn)
+    call = {"name": "f", "args": args}
+    drawn = [Candidate(index=0, content=content, tool_calls=[call], signals=signals(values), seconds=seconds)]
+    before = Step(run="a", candidates=drawn, seconds=seconds)
     with TraceWriter(path) as trace:
         trace.write(before)
     assert path.read_bytes().count(b"\n") == 1
@@ -290,6 +299,8 @@ def test_the_graph_records_every_step(tmp_path: Path):
     assert first.seconds is not None
     assert first.seconds > 0
     assert [c.signals.n_tokens for c in first.candidates if c.signals] == [4, 4]
+    assert all(0 < c.seconds <= first.seconds for c in first.candidates if c.seconds is not None)
+    assert None not in {c.seconds for c in (*first.candidates, *second.candidates)}
 
 
 async def test_a_thread_is_one_run_and_its_steps_are_counted_on(tmp_path: Path):
@@ -463,6 +474,22 @@ def test_results_of_its_hub(tmp_path: Path):
     assert found.chosen.content == "b"
     assert found.selection is not None
     assert found.selection.scores == {0: 0.5, 1: 0.25}
+
+
+def test_a_result_that_its_hub_wrote():
+    """``BestOfN`` of its_hub 1.2.0 with ``include_raw_choices``, on responses of vLLM 0.32, written by ``asdict``."""
+    path = PAYLOADS.parent / "its_hub_1.2.0__best_of_n.json"
+    [found] = read_steps(path)
+    raw = [response["_raw_choice"] for response in json.loads(path.read_text())["responses"]]
+    for ours, theirs in zip(found.candidates, raw, strict=True):
+        expected = choice_candidate(theirs, ours.index)
+        assert expected.signals is not None
+        assert ours.signals is not None
+        np.testing.assert_array_equal(ours.signals.entropies, expected.signals.entropies)
+        assert (ours.content, ours.finish_reason) == (theirs["message"]["content"], "stop")
+    assert found.selection is not None
+    assert (found.selection.chosen, found.selection.scores) == (0, {0: 1.0, 1: 0.0})
+    assert found.info["records"]["0"]["usage"] == {"input_tokens": 28, "output_tokens": 474}
 
 
 def compressed(data: bytes) -> bytes:

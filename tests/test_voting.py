@@ -1,5 +1,6 @@
 """Votes against the reference implementations' choices, and their properties."""
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from ec_agents.scoring import (
     scorer_named,
 )
 from ec_agents.scoring.base import Best
+from ec_agents.scoring.noise import vote_chance
 from ec_agents.selection import Selector
 
 CASES = json.loads((Path(__file__).parent / "data" / "golden.json").read_text())["cases"]["voting"]
@@ -268,3 +270,24 @@ def test_candidates_of_one_action_share_a_score_whatever_the_order(
     shuffled = list(drawn)
     random.shuffle(shuffled)
     assert choose(scorer_named(name), shuffled) == choice
+
+
+# Leads by chance
+
+
+@pytest.mark.parametrize(("weights", "n_actions"), [([1.0] * 5, 2), ([1.0] * 6, 3), ([2.0, 1.5, 0.3, -0.5], 3)])
+def test_the_chance_of_a_lead_is_that_of_all_ways_to_vote(weights: list[float], n_actions: int):
+    ways = np.array(list(itertools.product(range(n_actions), repeat=len(weights))))
+    totals = np.stack([(ways == action) @ np.array(weights) for action in range(n_actions)])
+    second, first = np.sort(totals, axis=0)[-2:]
+    for margin in np.unique((first - second).round(6))[1:]:
+        _, p = vote_chance(float(margin) - 1e-6, weights, n_actions)
+        assert p == pytest.approx(float(np.mean(first - second >= margin - 2e-6)), abs=0.03)
+
+
+def test_agreement_of_many_is_above_the_noise_and_of_few_within():
+    for n, above in ((5, False), (6, True)):  # 1 in 16 and 1 in 32 by chance, were there but two answers
+        assert choose(MajorityVote(), answers(["42"] * n)).above_noise is above
+    split = choose(MajorityVote(), answers(["42"] * 5 + ["41"] * 3))
+    assert (split.margin, split.above_noise) == (2, False)
+    assert split.margin_sd == pytest.approx(2 / math.sqrt(8 / 4))

@@ -8,6 +8,7 @@ from ec_agents.scoring.base import (
     Best,
     CountsVotes,
     FindsPhases,
+    KnowsChance,
     KnowsNoise,
     Scorer,
     Scores,
@@ -18,19 +19,23 @@ from ec_agents.scoring.baselines import (
     RandomScorer,
     TailEntropyScorer,
     bottom_groups,
+    groups_odds,
     lowest_group,
     max_entropy,
+    max_entropy_odds,
     mean,
     mean_entropy,
     mean_logprob,
     self_certainty,
     standard_error,
     sum_logprob,
+    sum_logprob_odds,
+    tail,
     tail_mean,
     top_k_certainty,
 )
 from ec_agents.scoring.centroids import CentroidScorer, StandardizedCentroidScorer, raw_centroid, raw_centroid_noise
-from ec_agents.scoring.noise import chance_of_margin
+from ec_agents.scoring.noise import Chance, chance_of_margin, normal_chance
 from ec_agents.scoring.votes import (
     BordaVote,
     CentroidVote,
@@ -47,10 +52,12 @@ __all__ = [
     "CentroidScorer",
     "CentroidVote",
     "CentroidWeightedVote",
+    "Chance",
     "CountsVotes",
     "DeepConfVote",
     "FindsPhases",
     "FirstScorer",
+    "KnowsChance",
     "KnowsNoise",
     "MajorityVote",
     "RandomScorer",
@@ -61,6 +68,7 @@ __all__ = [
     "TailEntropyScorer",
     "action_key",
     "chance_of_margin",
+    "normal_chance",
     "scorer_named",
     "self_certainty",
 ]
@@ -69,7 +77,7 @@ RAW_ENTROPY_CENTROID = SignalScorer("raw-entropy-centroid", "lowest", raw_centro
 """Mean position of the tokens weighted by entropy, without phases."""
 MEAN_ENTROPY = SignalScorer("mean-entropy", "lowest", mean_entropy, lambda s: standard_error(s.entropies))
 """Mean token entropy."""
-MAX_ENTROPY = SignalScorer("max-entropy", "lowest", max_entropy)
+MAX_ENTROPY = SignalScorer("max-entropy", "lowest", max_entropy, odds=max_entropy_odds)
 """Highest token entropy."""
 SELF_CERTAINTY = SignalScorer("self-certainty", "highest", top_k_certainty, lambda s: standard_error(s.confidences))
 """Self-Certainty over the K alternatives: mean confidence - ln K, exact if K is the whole vocabulary."""
@@ -77,15 +85,21 @@ DEEPCONF_MEAN = SignalScorer(
     "deepconf-mean", "highest", lambda s: mean(s.confidences), lambda s: standard_error(s.confidences)
 )
 """DeepConf's mean confidence."""
-DEEPCONF_TAIL = SignalScorer("deepconf-tail", "highest", lambda s: tail_mean(s.confidences))
+DEEPCONF_TAIL = SignalScorer(
+    "deepconf-tail", "highest", lambda s: tail_mean(s.confidences), lambda s: standard_error(tail(s.confidences))
+)
 """DeepConf's mean confidence of the last 2048 tokens."""
-DEEPCONF_LOWEST_GROUP = SignalScorer("deepconf-lowest-group", "highest", lambda s: lowest_group(s.confidences))
+DEEPCONF_LOWEST_GROUP = SignalScorer(
+    "deepconf-lowest-group", "highest", lambda s: lowest_group(s.confidences), odds=groups_odds()
+)
 """DeepConf's least confident 2048 consecutive tokens."""
-DEEPCONF_BOTTOM_10 = SignalScorer("deepconf-bottom-10", "highest", lambda s: bottom_groups(s.confidences))
+DEEPCONF_BOTTOM_10 = SignalScorer(
+    "deepconf-bottom-10", "highest", lambda s: bottom_groups(s.confidences), odds=groups_odds(0.1)
+)
 """DeepConf's mean over the least confident tenth of all groups of 2048 tokens."""
 MEAN_LOGPROB = SignalScorer("mean-logprob", "highest", mean_logprob, lambda s: standard_error(s.logprobs))
 """Mean log-probability of the drawn tokens: the lowest perplexity wins."""
-SUM_LOGPROB = SignalScorer("sum-logprob", "highest", sum_logprob)
+SUM_LOGPROB = SignalScorer("sum-logprob", "highest", sum_logprob, odds=sum_logprob_odds)
 """Log-probability of the whole response; favours short ones."""
 SHORTEST = SignalScorer("shortest", "lowest", lambda s: s.n_tokens)
 """Fewest tokens."""

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ec_agents.candidates import Candidate, TokenSignals
+from ec_agents.scoring.noise import Chance, normal_chance
 
 Best = Literal["lowest", "highest"]
 Scores = NDArray[np.float64]
@@ -50,6 +51,18 @@ class KnowsNoise(Protocol):
 
 
 @runtime_checkable
+class KnowsChance(Protocol):
+    """A scorer that knows how often a margin comes about where nothing tells the candidates apart.
+
+    For scores without signal that are not normal, or not of one mean; otherwise ``KnowsNoise`` is enough.
+    """
+
+    def chance(self, candidates: Sequence[Candidate], margin: float) -> Chance:
+        """What the margin between the first two of these candidates, best first, amounts to; NaN = unknown."""
+        ...
+
+
+@runtime_checkable
 class CountsVotes(Protocol):
     """A scorer whose score belongs to an action, so that candidates with the same action stand together."""
 
@@ -81,6 +94,8 @@ class SignalScorer:
     """Signals of at least one token → score; NaN = cannot be scored."""
     spread: Callable[[TokenSignals], float] | None = None
     """Signals → standard deviation of the score without any signal, if that is known."""
+    odds: Callable[[Sequence[TokenSignals], float], Chance] | None = None
+    """Signals of all candidates, best first, and a margin → what it amounts to, where ``spread`` does not say it."""
 
     def __call__(self, candidates: Sequence[Candidate]) -> Scores:
         """Score of each candidate, ``(N,)``; NaN without signals."""
@@ -89,6 +104,13 @@ class SignalScorer:
     def noise(self, candidates: Sequence[Candidate]) -> Scores:
         """Standard deviation of each score without any signal, ``(N,)``; NaN where it is unknown."""
         return np.full(len(candidates), np.nan) if self.spread is None else _each(self.spread, candidates)
+
+    def chance(self, candidates: Sequence[Candidate], margin: float) -> Chance:
+        """What the margin between the first two of these candidates amounts to; NaN where that is unknown."""
+        signals = [candidate.signals for candidate in candidates if candidate.signals is not None]
+        if self.odds is not None and len(signals) == len(candidates) and all(s.n_tokens for s in signals):
+            return self.odds(signals, margin)
+        return normal_chance(margin, self.noise(candidates))
 
 
 def _each(measure: Callable[[TokenSignals], float], candidates: Sequence[Candidate]) -> Scores:

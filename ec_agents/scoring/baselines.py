@@ -1,7 +1,7 @@
 """The scores that the centroid is compared with: entropy, confidence, likelihood, length, order."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ from ec_agents.candidates import Candidate, TokenSignals
 from ec_agents.errors import ConfigError
 from ec_agents.scoring.base import Best, Scores
 from ec_agents.scoring.centroids import measured
+from ec_agents.scoring.noise import UNKNOWN, Chance, lowest_groups, maximum_chance, normal_chance
 
 Floats = NDArray[np.float64]
 
@@ -63,9 +64,35 @@ def bottom_groups(confidences: ArrayLike, width: int = GROUP_TOKENS, share: floa
     return float(np.partition(groups, kept - 1)[:kept].mean())
 
 
+def groups_odds(share: float = 0.0, width: int = GROUP_TOKENS) -> Callable[[Sequence[TokenSignals], float], Chance]:
+    """What a margin of ``lowest_group``, or of ``bottom_groups`` with a ``share``, amounts to.
+
+    More groups have a lower lowest one, so that a longer text has a lower mean without any signal.
+    """
+
+    def null(signals: TokenSignals) -> tuple[float, float]:
+        numbers = present(signals.confidences)
+        if len(numbers) <= width:
+            return 0.0, standard_error(numbers)
+        mean, sd = lowest_groups(round(8 * len(numbers) / width), share)
+        of_one = float(numbers.std(ddof=1)) / math.sqrt(width)
+        return mean * of_one, sd * of_one
+
+    def odds(signals: Sequence[TokenSignals], margin: float) -> Chance:
+        means, sds = np.array([null(one) for one in signals]).T
+        return normal_chance(margin, sds, -means)
+
+    return odds
+
+
+def tail(values: ArrayLike, width: int = GROUP_TOKENS) -> Floats:
+    """The last ``width`` values that are present, ``(≤ width,)``."""
+    return present(values)[-width:]
+
+
 def tail_mean(confidences: ArrayLike, width: int = GROUP_TOKENS) -> float:
     """Mean of the last ``width`` tokens that are present; NaN if none is."""
-    return mean(present(confidences)[-width:])
+    return mean(tail(confidences, width))
 
 
 def self_certainty(logprobs: ArrayLike) -> float:
@@ -104,6 +131,12 @@ def top_k_certainty(signals: TokenSignals) -> float:
     return mean(signals.confidences) - math.log(max(signals.n_alternatives, 1))
 
 
+def max_entropy_odds(signals: Sequence[TokenSignals], margin: float) -> Chance:
+    """What a margin between the lowest two maxima of the entropy amounts to, by chance."""
+    tokens = [present(one.entropies) for one in signals]
+    return maximum_chance(margin, tokens) if all(map(len, tokens)) else UNKNOWN
+
+
 def mean_logprob(signals: TokenSignals) -> float:
     """Mean log-probability of the drawn tokens, nats; exp of its negative is the perplexity.
 
@@ -115,6 +148,30 @@ def mean_logprob(signals: TokenSignals) -> float:
 def sum_logprob(signals: TokenSignals) -> float:
     """Log-probability of the whole response, nats; NaN where a token is missing or nothing was measured."""
     return float(signals.logprobs.sum(dtype=np.float64)) if (signals.logprobs < 0).any() else math.nan
+
+
+def sum_logprob_odds(signals: Sequence[TokenSignals], margin: float) -> Chance:
+    """What a margin between the highest two sums of log-probabilities amounts to, with these lengths.
+
+    Tokens without signal are draws from those of all candidates, so that a short text leads by its length alone.
+    """
+    tokens = np.concatenate([present(one.logprobs) for one in signals])
+    lengths = np.array([one.n_tokens for one in signals])
+    return normal_chance(margin, tokens.std() * np.sqrt(lengths), -tokens.mean() * lengths)
+
+
+def median_error(values: ArrayLike) -> float:
+    """Standard deviation of the median if the tokens were independent draws; NaN for fewer than two.
+
+    Source:
+        Half the distance of the order statistics that lie one standard deviation, √T/2 ranks, from the median;
+        McKean & Schrader, Communications in Statistics B13 (1984) 751-773.
+    """
+    numbers = np.sort(present(values))
+    if len(numbers) < 2:
+        return math.nan
+    ranks = (len(numbers) - 1) / 2 + np.array((-0.5, 0.5)) * math.sqrt(len(numbers))
+    return float(np.diff(np.interp(ranks, np.arange(len(numbers)), numbers))[0]) / 2
 
 
 class TailEntropyScorer:
@@ -155,26 +212,36 @@ class TailEntropyScorer:
             raise ConfigError(f"1 ≤ narrowest ≤ widest is needed; found {narrowest} and {widest}")
         if not 0 <= trim < 0.5:
             raise ConfigError(f"trim must be from 0 to below 0.5; found {trim}")
-        self._aggregate = np.median if aggregate == "median" else np.mean
+        self._aggregate: Callable[[Floats], float] = np.median if aggregate == "median" else np.mean
+        self._error = median_error if aggregate == "median" else standard_error
         self._bounds = (narrowest, widest)
         self._trim = trim
 
     def __call__(self, candidates: Sequence[Candidate]) -> Scores:
         """Tail entropy of each candidate, ``(N,)``, nats; NaN without signals, or trimmed."""
-        usable = [c.signals is not None and measured(c.signals) for c in candidates]
-        pairs = zip(candidates, usable, strict=True)
-        return self.scores([c.signals.entropies if c.signals is not None and ok else () for c, ok in pairs])
+        return self.scores(self._entropies(candidates))
 
     def scores(self, entropies: Sequence[ArrayLike]) -> Scores:
         """Tail entropy of each sequence of token entropies, ``(N,)``, nats; NaN for an empty or trimmed one."""
+        return self._of_tails(self._aggregate, entropies)
+
+    def noise(self, candidates: Sequence[Candidate]) -> Scores:
+        """Standard deviation of each score if the tokens were independent draws, ``(N,)``; NaN as for the scores."""
+        return self._of_tails(self._error, self._entropies(candidates))
+
+    def _of_tails(self, measure: Callable[[Floats], float], entropies: Sequence[ArrayLike]) -> Scores:
         tokens = [present(values) for values in entropies]
         kept = self._kept(np.array([len(values) for values in tokens]))
         result = np.full(len(tokens), np.nan)
         if len(kept):
             usable = [tokens[i] for i in map(int, kept)]
             width = self.width(usable)
-            result[kept] = [self._aggregate(values[-width:]) for values in usable]
+            result[kept] = [measure(values[-width:]) for values in usable]
         return result
+
+    def _entropies(self, candidates: Sequence[Candidate]) -> list[ArrayLike]:
+        found = (candidate.signals for candidate in candidates)
+        return [() if signals is None or not measured(signals) else signals.entropies for signals in found]
 
     def width(self, tokens: Sequence[Floats]) -> int:
         """Width of the window for these candidates, tokens."""
@@ -202,6 +269,10 @@ class FirstScorer:
         """Index of each candidate, ``(N,)``."""
         return np.array([candidate.index for candidate in candidates], dtype=np.float64)
 
+    def chance(self, candidates: Sequence[Candidate], margin: float) -> Chance:
+        """The lead of the first is there whatever the candidates are."""
+        return margin / (float(self(candidates).std()) or math.nan), 1.0
+
 
 class RandomScorer:
     """The baseline that takes any candidate; needs no signals.
@@ -219,3 +290,7 @@ class RandomScorer:
     def __call__(self, candidates: Sequence[Candidate]) -> Scores:
         """A uniform number for each candidate, ``(N,)``."""
         return self._rng.random(len(candidates))
+
+    def chance(self, candidates: Sequence[Candidate], margin: float) -> Chance:
+        """How often the lowest two of N uniform numbers are so far apart."""
+        return margin * math.sqrt(12), (1 - margin) ** len(candidates)

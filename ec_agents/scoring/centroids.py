@@ -61,10 +61,7 @@ class CentroidScorer:
         One alternative a token, a grammar that allows one token, and servers that report the distribution after
         temperature 0 all give zeros: nothing was measured.
         """
-        signals = candidate.signals
-        if signals is None or not measured(signals):
-            return np.empty((0, 2), dtype=np.int64)
-        return _phases(signals, self.config)
+        return _NONE if candidate.signals is None else _phases(candidate.signals, self.config)
 
     def _score(self, candidate: Candidate) -> float:
         n_tokens = 0 if candidate.signals is None else candidate.signals.n_tokens
@@ -102,10 +99,13 @@ class StandardizedCentroidScorer(CentroidScorer):
         return 1.0
 
 
+_NONE = np.empty((0, 2), dtype=np.int64)
+
+
 @lru_cache(maxsize=256)
 def _phases(signals: TokenSignals, config: PhaseConfig) -> NDArray[np.int64]:
     """The phases, found once for the score, its noise and their count."""
-    found = high_entropy_phases(signals.entropies, config)
+    found = high_entropy_phases(signals.entropies, config) if measured(signals) else _NONE
     found.flags.writeable = False
     return found
 

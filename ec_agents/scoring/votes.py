@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ec_agents.candidates import Candidate
 from ec_agents.errors import ConfigError
 from ec_agents.scoring.base import Best, Scorer, Scores
+from ec_agents.scoring.noise import Chance, vote_chance
 
 Key = Callable[[Candidate], str | None]
 """Candidate → what it votes for; None = it abstains."""
@@ -78,6 +79,16 @@ class MajorityVote:
     def weights(self, candidates: Sequence[Candidate], voting: Mask) -> Scores:  # noqa: ARG002 - for weighted votes
         """Weight of the vote of each candidate, ``(N,)``, given which of them vote; NaN counts as 0."""
         return np.ones(len(candidates))
+
+    def chance(self, candidates: Sequence[Candidate], margin: float) -> Chance:
+        """What a lead amounts to, had each voter taken any of the actions that were voted for, at least two, by chance.
+
+        Agreement on one of more possible actions than were seen is rarer than this says.
+        """
+        keys = [self.key(candidate) for candidate in candidates]
+        weights = np.nan_to_num(self.weights(candidates, np.array([key is not None for key in keys], dtype=np.bool_)))
+        votes = {i: w for i, w in enumerate(weights.tolist()) if w and keys[i] is not None}
+        return vote_chance(margin, list(votes.values()), max(2, len({keys[i] for i in votes})))
 
 
 class CentroidVote(MajorityVote):

@@ -49,6 +49,7 @@ function card(candidate, chosen) {
   box.append(element("h3", "", "#" + candidate.index + (chosen ? " ★ chosen" : "")));
   const facts = ["score " + number(candidate.score), "centroid " + number(candidate.centroid),
     candidate.tokens === null ? "no signals" : candidate.tokens + " tokens", candidate.phases + " phases"];
+  if (candidate.seconds !== null) facts.push(number(candidate.seconds) + " s");
   if (candidate.finish) facts.push(candidate.finish);
   box.append(element("p", "facts", facts.join(" · ")));
   for (const [name, found] of Object.entries(candidate.flaws)) box.append(element("p", "facts flaw", name + ": " + found));
@@ -62,19 +63,19 @@ function card(candidate, chosen) {
 
 function table(data, byIndex) {
   const box = element("div", "scroll scores"), made = element("table"), head = element("tr");
-  for (const title of ["rank", "#", "score: " + data.scorer, "centroid", "tokens", "phases"]) head.append(element("th", "", title));
+  for (const title of ["rank", "#", "score: " + data.scorer, "centroid", "tokens", "phases", "seconds"]) head.append(element("th", "", title));
   head.append(element("th", "text", "flaws"), element("th", "text", "action"));
   made.append(head);
   data.order.forEach((index, rank) => {
     const c = byIndex.get(index), row = element("tr", index === data.chosen ? "chosen" : "");
-    for (const text of [rank + 1, index, number(c.score), number(c.centroid), c.tokens === null ? "–" : c.tokens, c.phases]) row.append(element("td", "", text));
+    for (const text of [rank + 1, index, number(c.score), number(c.centroid), c.tokens === null ? "–" : c.tokens, c.phases, number(c.seconds)]) row.append(element("td", "", text));
     row.append(element("td", "text flaw", Object.keys(c.flaws).join(", ")));
     row.append(element("td", "text", (c.calls.join(" ") || c.answer || c.text).slice(0, 120)));
     made.append(row);
   });
   for (const [index, text] of Object.entries(data.failures)) {
     const row = element("tr"), cell = element("td", "text flaw", "failed: " + text);
-    cell.colSpan = 6;
+    cell.colSpan = 7;
     row.append(element("td", "", "–"), element("td", "", index), cell);
     made.append(row);
   }
