@@ -492,6 +492,18 @@ def test_a_result_that_its_hub_wrote():
     assert found.info["records"]["0"]["usage"] == {"input_tokens": 28, "output_tokens": 474}
 
 
+def test_a_request_output_that_vllm_wrote():
+    """``LLM.generate`` of vLLM 0.32 with the embedded weights, top 20, written by ``vars`` and ``asdict``."""
+    path = PAYLOADS.parent / "vllm_0.32.0__request_output.json"
+    [found] = read_steps(path)
+    outputs = json.loads(path.read_text())["outputs"]
+    for ours, theirs in zip(found.candidates, outputs, strict=True):
+        assert (ours.content, ours.finish_reason) == (theirs["text"], theirs["finish_reason"])
+        assert ours.signals is not None
+        assert (ours.signals.n_tokens, ours.signals.n_alternatives) == (len(theirs["token_ids"]), 20)
+        assert float(ours.signals.logprobs.sum()) == pytest.approx(theirs["cumulative_logprob"], abs=1e-4)
+
+
 def compressed(data: bytes) -> bytes:
     return pytest.importorskip("zstandard").ZstdCompressor().compress(data)
 
