@@ -101,17 +101,25 @@ def token_entropies(top_logprobs: ArrayLike, *, top_k: int | None = None) -> Flo
     Raises:
         ConfigError: The array is not two-dimensional, or ``top_k`` is below 1.
     """
-    rows = keep_largest(top_logprobs, top_k)
+    return entropies_and_mass(keep_largest(top_logprobs, top_k))[0]
+
+
+def entropies_and_mass(rows: Floats) -> tuple[Floats, Floats]:
+    """``token_entropies``, and the probability that the alternatives of each token have together.
+
+    Args:
+        rows: ``(T, K)``, nats, as ``token_entropies`` takes them.
+
+    Returns:
+        Two times ``(T,)``: entropies in nats, and probabilities; NaN = missing.
+    """
     largest = rows.max(axis=1, initial=-np.inf)
     present = (largest > MASKED) & (largest < np.inf)
-    # Relative to the largest, exp(-1000) is exactly 0, and 0 * -1000 is 0 where 0 * -inf would be NaN.
-    relative = np.maximum(rows[present] - largest[present, None], -1000.0)
-    weights = np.exp(relative)
-    total = weights.sum(axis=1)
-    entropies = np.full(len(rows), np.nan)
-    # total >= 1 and relative <= 0, so that neither term is ever negative, not even by rounding.
-    entropies[present] = np.log(total) - (weights * relative).sum(axis=1) / total
-    return entropies
+    if np.count_nonzero(present) == len(rows):
+        return _entropies_and_mass(rows, largest)
+    found = np.full((2, len(rows)), np.nan)
+    found[:, present] = _entropies_and_mass(rows[present], largest[present])
+    return found[0], found[1]
 
 
 def entropy_thresholds(entropies: ArrayLike, config: PhaseConfig) -> tuple[float, float]:
@@ -156,22 +164,25 @@ def high_entropy_phases(entropies: ArrayLike, config: PhaseConfig) -> NDArray[np
     """
     values = _sequence(entropies)
     missing = np.isnan(values)
-    positions = np.flatnonzero(~missing) if missing.any() else None
+    positions = np.flatnonzero(~missing) if np.count_nonzero(missing) else None
     if positions is not None:
         values = values[positions]
     high, low = _thresholds(values, config)
-    openings = np.flatnonzero(values >= high)
-    calm = np.append(np.flatnonzero(_all_true(values <= low, config.patience)), len(values))
-    closings = calm[np.searchsorted(calm[:-1], openings, side="right")]
-    following = np.searchsorted(openings, closings + config.patience).tolist()
-    taken: list[int] = []
-    opening = 0
-    while opening < len(following):
-        taken.append(opening)
-        opening = following[opening]
-    starts = openings[taken]
-    durations = closings[taken] - starts
-    return np.stack((starts if positions is None else positions[starts], durations), axis=1, dtype=np.int64)
+    # Searching bytes for the run of low tokens costs a fraction of what array operations on a short text do.
+    calm, run = (values <= low).tobytes(), b"\1" * min(config.patience, len(values) + 1)
+    starts, durations, following = list[int](), list[int](), 0
+    for opening in (values >= high).nonzero()[0].tolist():
+        if opening < following:
+            continue
+        found = calm.find(run, opening + 1)
+        closing = len(values) if found < 0 else found
+        starts.append(opening)
+        durations.append(closing - opening)
+        following = closing + config.patience
+    phases = np.array((starts, durations), dtype=np.int64)
+    if positions is not None:
+        phases[0] = positions[phases[0]]
+    return phases.T
 
 
 def entropy_centroid(phases: ArrayLike, n_tokens: int, *, position: Position = "center") -> float:
@@ -270,6 +281,16 @@ def concatenate_turns(turns: Iterable[ArrayLike]) -> Floats:
     return np.concatenate([np.empty(0), *map(_sequence, turns)])
 
 
+def _entropies_and_mass(rows: Floats, largest: Floats) -> tuple[Floats, Floats]:
+    """``entropies_and_mass`` of tokens whose largest alternative is a number."""
+    # Relative to the largest, exp(-1000) is exactly 0, and 0 * -1000 is 0 where 0 * -inf would be NaN.
+    relative = np.maximum(rows - largest[:, None], -1000.0)
+    weights = np.exp(relative)
+    total = weights.sum(axis=1)
+    # total >= 1 and relative <= 0, so that neither term is ever negative, not even by rounding.
+    return np.log(total) - (weights * relative).sum(axis=1) / total, np.exp(largest) * total
+
+
 def _sequence(entropies: ArrayLike) -> Floats:
     """The entropies as a float64 array; None becomes NaN."""
     values = np.asarray(entropies, dtype=np.float64)
@@ -303,13 +324,3 @@ def _percentile(ordered: Floats, percent: float) -> float:
     part = position - below
     a, b = float(ordered[below]), float(ordered[min(below + 1, len(ordered) - 1)])
     return a + (b - a) * part if part < 0.5 else b - (b - a) * (1 - part)
-
-
-def _all_true(flags: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
-    """Whether the ``width`` flags from each position on are all true, ``(T - width + 1,)``."""
-    reach = 1
-    while reach < width:
-        step = min(reach, width - reach)
-        flags = flags[:-step] & flags[step:]
-        reach += step
-    return flags

@@ -6,7 +6,7 @@ is always what ``token_signals`` makes of the same body.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast, overload
 
 import msgspec
@@ -43,10 +43,9 @@ class _Choice(Struct):
     finish_reason: Any = None
 
 
-class _Response(Struct, omit_defaults=True):
-    """The fields of a response that are kept."""
+class _Head(Struct):
+    """The fields of a response that are kept beside its choices."""
 
-    choices: list[_Choice]
     id: Any = UNSET
     object: Any = UNSET
     created: Any = UNSET
@@ -55,6 +54,14 @@ class _Response(Struct, omit_defaults=True):
     service_tier: Any = UNSET
     system_fingerprint: Any = UNSET
     error: Any = UNSET
+
+
+class _Response(_Head, kw_only=True):
+    choices: list[_Choice]
+
+
+class _Several(_Head, kw_only=True):
+    choices: list[Raw]
 
 
 class _RawLogprobs(Struct):
@@ -71,9 +78,11 @@ class _RawResponse(Struct):
 
 
 _DECODER = msgspec.json.Decoder(_Response)
+_SEVERAL_DECODER = msgspec.json.Decoder(_Several)
+_CHOICE_DECODER = msgspec.json.Decoder(_Choice)
 _RAW_DECODER = msgspec.json.Decoder(_RawResponse)
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_KEPT = tuple(name for name in _Response.__struct_fields__ if name != "choices")
+_KEPT = _Head.__struct_fields__
 
 
 class _Entries(Sequence[Any]):
@@ -96,13 +105,14 @@ class _Entries(Sequence[Any]):
         return json.loads(bytes(self._raw[position]).decode(errors="replace"))
 
 
-def decode_response(body: bytes) -> dict[str, Any]:
+def decode_response(body: bytes, n: int = 1) -> dict[str, Any]:
     """A chat completion with the ``logprobs`` of its choices in the packed form (``logprobs.pack_logprobs``).
 
     The body is not needed afterwards. Choices that are none are left out, as if the server had sent fewer.
 
     Args:
         body: The response, JSON; ``NaN`` and ``Infinity`` are read too.
+        n: How many choices were asked for. Several are read one by one, so that one at a time takes up memory.
 
     Returns:
         ``choices``, each with ``message``, ``finish_reason`` and ``logprobs``; and ``id``, ``model``, ``usage``, …
@@ -111,14 +121,22 @@ def decode_response(body: bytes) -> dict[str, Any]:
         LogprobsMalformed: The body is no chat completion with at least one choice.
     """
     try:
-        response = _DECODER.decode(body)
-        if not response.choices or response.error not in (UNSET, None):
-            return _decode_carefully(body)
-        choices = [_slim(choice, body, number) for number, choice in enumerate(response.choices)]
+        head, found = _read_response(body, n)
+        choices = [_slim(choice, body, number) for number, choice in enumerate(found)]
     except _UNREADABLE:
         return _decode_carefully(body)
-    fields = {name: value for name in _KEPT if (value := getattr(response, name)) is not UNSET}
+    if not choices or head.error not in (UNSET, None):
+        return _decode_carefully(body)
+    fields = {name: value for name in _KEPT if (value := getattr(head, name)) is not UNSET}
     return {**fields, "choices": choices}
+
+
+def _read_response(body: bytes, n: int) -> tuple[_Head, Iterable[_Choice]]:
+    if n == 1:
+        response = _DECODER.decode(body)
+        return response, response.choices
+    several = _SEVERAL_DECODER.decode(body)
+    return several, map(_CHOICE_DECODER.decode, several.choices)
 
 
 def _slim(choice: _Choice, body: bytes, number: int) -> dict[str, Any]:

@@ -177,6 +177,20 @@ def test_choice_and_its_logprobs_and_metadata_read_alike() -> None:
     assert len(packed) == 1
 
 
+@pytest.mark.parametrize(("n_tokens", "n_alternatives"), [(1, 14), (1, 15), (4095, 15), (4096, 15)])
+def test_numbers_may_be_floats_integers_and_null(n_tokens: int, n_alternatives: int) -> None:
+    rng = np.random.default_rng(0)
+    rows = -rng.integers(1, 20, (n_tokens, n_alternatives)).astype(float)
+    rows[:, 0] = 0.0
+    floats = [entry(float(row[0]), *row.tolist()) for row in rows]
+    integers = [entry(int(row[0]), *map(int, row)) for row in rows]
+    mixed = [*floats[:-1], entry(None, *rows[-1].tolist())]
+    signals = token_signals(content(*floats))
+    assert signals.entropies == pytest.approx(token_entropies(rows), rel=1e-6)
+    assert token_signals(content(*integers)).to_bytes() == signals.to_bytes()
+    assert np.array_equal(token_signals(content(*mixed)).logprobs, [*rows[:-1, 0], np.nan], equal_nan=True)
+
+
 @pytest.mark.parametrize("empty", [None, [], "absent"])
 def test_refusal_is_read_where_there_is_no_content(empty: Any) -> None:
     logprobs: dict[str, Any] = {"content": empty, "refusal": [entry(HALF, HALF, HALF)]}

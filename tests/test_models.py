@@ -12,7 +12,6 @@ from ec_agents.embedded import EmbeddedChatModel
 from ec_agents.models import SIGNALS_KEY, silent_model
 from ec_agents.testing import Reply, ScriptedChatModel
 
-
 ASK = [HumanMessage("Ann has 2. How many has Ann?")]
 
 

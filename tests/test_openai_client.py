@@ -5,6 +5,7 @@ import json
 import math
 import threading
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,15 @@ from langchain_openai import ChatOpenAI
 from openai.resources.chat import AsyncCompletions, Completions
 from pydantic import BaseModel
 
-from ec_agents.errors import LogprobsError, LogprobsMalformed, LogprobsMissing
+from ec_agents.chat_openai import fast_logprobs
+from ec_agents.errors import ConfigError, LogprobsError, LogprobsMalformed, LogprobsMissing
 from ec_agents.graph import create_centroid_agent
 from ec_agents.logprobs import response_candidates, token_signals
 from ec_agents.messages import message_candidate
-from ec_agents.openai_client import PIECE, OpenAIChatModel, _fast_http_client, fast_logprobs
+from ec_agents.openai_client import OpenAIChatModel
 from ec_agents.sampling import sample
 from ec_agents.testing import Fault, FaultServer, Reply, ScriptedChatModel, profile_logprobs
+from ec_agents.transport import LARGE_BODY, PIECE, async_http_client
 from ec_agents.wire import choice_message, decode_response, split_usage, wire_messages
 
 # pyright: reportArgumentType=false
@@ -127,12 +130,18 @@ def test_decoding_gives_what_token_signals_gives(logprobs: Any):
     }
 
 
+@given(st.lists(LOGPROBS | SOUND.map(lambda tokens: {"content": tokens}), min_size=1, max_size=4))
+def test_choices_read_one_by_one_are_those_read_at_once(several: list[Any]):
+    encoded = json.dumps({"id": "x", "choices": [chat(logprobs) for logprobs in several], "usage": {"a": 1}}).encode()
+    assert decode_response(encoded, n=2) == decode_response(encoded)
+
+
 @settings(max_examples=300)
 @given(JSON)
 def test_any_json_gives_messages_or_the_typed_error(data: Any):
-    for encoded in (json.dumps(data).encode(), body(data), body({"message": data})):
+    for n, encoded in product((1, 2), (json.dumps(data).encode(), body(data), body({"message": data}))):
         try:
-            response = decode_response(encoded)
+            response = decode_response(encoded, n)
             messages = [choice_message(choice, response) for choice in response["choices"]]
         except LogprobsMalformed:
             continue
@@ -191,14 +200,14 @@ def test_invalid_text_in_a_token_costs_nothing_but_the_token():
     assert outcome(choice) == outcome(chat(logprobs))
 
 
-def test_the_packed_form_has_twelve_bytes_a_token():
+def test_the_packed_form_is_json_of_sixteen_characters_a_token():
     (choice,) = decode_response(body(chat(profile_logprobs("!..!"))))["choices"]
     assert set(choice["logprobs"]) == {"packed", "n_alternatives"}
-    assert len(choice["logprobs"]["packed"]) == 4 * 12
-    assert response_candidates({"choices": [choice]})[0].signals is not None
+    assert len(choice["logprobs"]["packed"]) == 4 * 16
+    assert response_candidates(json.loads(json.dumps({"choices": [choice]})))[0].signals is not None
 
 
-@pytest.mark.parametrize("packed", [b"123", "text", None, 5, [1]])
+@pytest.mark.parametrize("packed", [b"123", "text", "!!", "é", None, 5, [1]])
 def test_a_damaged_packed_form_is_malformed(packed: Any):
     expected = LogprobsMissing if packed is None else LogprobsMalformed
     with pytest.raises(expected):
@@ -367,6 +376,41 @@ def test_every_field_reaches_the_server():
 def test_openai_gets_the_name_that_it_knows_for_the_limit(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     assert OpenAIChatModel(model="gpt-4.1", max_tokens=5)._options() == {"max_completion_tokens": 5}
+
+
+@pytest.mark.parametrize("run", [lambda model: model.invoke("hi"), lambda model: asyncio.run(model.ainvoke("hi"))])
+def test_options_of_one_request_are_those_of_the_sdk(run: Any):
+    with FaultServer(faults=["hang", None]) as server:
+        options = {"extra_headers": {"X-Team": "a"}, "extra_body": {"top_k": 1}}
+        with pytest.raises(openai.APITimeoutError):
+            run(client(server).bind(**options, timeout=0.2))
+        assert run(client(server).bind(**options)).content == "hello"
+        assert [headers["x-team"] for headers in server.headers] == ["a", "a"]
+        assert [(request["top_k"], set(request)) for request in server.requests] == [
+            (1, {"model", "messages", "top_k"})
+        ] * 2
+
+
+async def test_a_query_is_added_to_the_address():
+    seen: list[str] = []
+
+    async def see(request: Any) -> None:
+        seen.append(str(request.url))
+
+    with FaultServer() as server:
+        http = openai.DefaultAsyncHttpxClient(event_hooks={"request": [see]})
+        own = openai.AsyncOpenAI(base_url=server.base_url, api_key="none", http_client=http)
+        await client(server, async_client=lambda: own).ainvoke("hi", extra_query={"api-version": "2"})
+        await own.close()
+        assert seen == [f"{server.base_url}/chat/completions?api-version=2"]
+
+
+@pytest.mark.parametrize("run", [lambda model: model.invoke("hi"), lambda model: asyncio.run(model.ainvoke("hi"))])
+def test_a_parameter_that_the_sdk_does_not_know_is_named_with_the_remedy(run: Any):
+    with FaultServer() as server:
+        with pytest.raises(ConfigError, match="knows no parameter 'min_p'; .* extra_body"):
+            run(client(server, model_kwargs={"min_p": 0.1}))
+        assert not server.requests
 
 
 @pytest.mark.parametrize("given", ["any", "required", True])
@@ -661,13 +705,35 @@ def test_what_is_not_recognised_comes_back_as_it_is(model: Any):
     assert fast_logprobs(model) is model
 
 
-async def test_bodies_are_taken_from_aiohttp_in_large_pieces(server: FaultServer):
-    async with _fast_http_client() as http:
-        request = http.build_request("GET", f"{server.base_url}/models")
-        answer = await http._transport.handle_async_request(request)
-        assert type(answer.stream).CHUNK_SIZE < answer.stream.CHUNK_SIZE == PIECE  # what it relies on in the SDK
-        assert b"any" in await answer.aread()
-        await answer.aclose()
+async def taken(size: int) -> tuple[Any, list[bytes]]:
+    """The stream of a body of so many bytes, and the pieces that it gives."""
+    padded = Fault(about="padded", body=lambda sound: sound.ljust(size))
+    with FaultServer(faults=[padded]) as server:
+        async with async_http_client() as http:
+            request = http.build_request("POST", f"{server.base_url}/chat/completions", json={"messages": []})
+            answer = await http._transport.handle_async_request(request)
+            pieces = [piece async for piece in answer.stream]
+            await answer.aclose()
+            return answer.stream, pieces
+
+
+async def test_bodies_are_taken_from_aiohttp_in_large_pieces():
+    stream, pieces = await taken(LARGE_BODY)
+    assert type(stream).CHUNK_SIZE < stream.CHUNK_SIZE == PIECE  # what it relies on in the SDK
+    assert sum(map(len, pieces)) == LARGE_BODY
+
+
+async def test_large_bodies_are_given_in_one_piece():
+    _, pieces = await taken(20 * LARGE_BODY)
+    assert [len(piece) for piece in pieces] == [20 * LARGE_BODY]
+
+
+async def test_a_large_body_that_breaks_off_is_a_lost_connection_and_asked_for_again():
+    breaks_off = Fault(about="it ends in the middle", body=lambda sound: sound.ljust(2 * LARGE_BODY), sent=0.7)
+    with FaultServer([Reply(content="hello")], faults=[breaks_off, breaks_off, None]) as server:
+        with pytest.raises(openai.APIConnectionError):
+            await client(server).ainvoke("hi")
+        assert (await client(server, max_retries=1).ainvoke("hi")).content == "hello"
 
 
 async def test_without_aiohttp_the_client_is_that_of_the_sdk(server: FaultServer, monkeypatch: pytest.MonkeyPatch):

@@ -113,12 +113,12 @@ def ours(url: str, fan_out: Any) -> tuple[Step, Callable[[], Awaitable[Any]]]:
 
 
 def scored(model: Any) -> tuple[Step, Callable[[], Awaitable[Any]]]:
-    """The model's N answers as candidates, ranked by their centroids."""
-    from ec_agents.messages import message_candidate
+    """The model's N answers, drawn as agents draw them, as candidates ranked by their centroids."""
+    from ec_agents.messages import message_candidate, sampling_model
     from ec_agents.sampling import sample
     from ec_agents.scoring import CentroidScorer
 
-    asking = model.bind(logprobs=True, top_logprobs=TOP_K)
+    asking = sampling_model(model, top_logprobs=TOP_K)
 
     async def step(n: int) -> Any:
         drawn = await sample(lambda _: asking.ainvoke("hi"), n=n, parse=message_candidate)
@@ -133,7 +133,7 @@ async def nothing() -> None: ...
 def fast(url: str) -> tuple[Step, Callable[[], Awaitable[Any]]]:
     from langchain_openai import ChatOpenAI
 
-    from ec_agents.openai_client import fast_logprobs
+    from ec_agents.chat_openai import fast_logprobs
 
     return scored(fast_logprobs(ChatOpenAI(model="any", base_url=url, api_key="none")))
 

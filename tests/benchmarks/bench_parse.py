@@ -1,4 +1,4 @@
-"""Time of token_signals on 500 tokens with 20 alternatives, against decoding the same payload from JSON."""
+"""Time from log-probabilities to a score, for a short and a long text, against decoding the same payload from JSON."""
 
 import json
 import statistics
@@ -9,15 +9,17 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from ec_agents.logprobs import token_signals
+from ec_agents.candidates import Candidate
+from ec_agents.logprobs import pack_logprobs, token_signals
+from ec_agents.scoring import CentroidScorer
 
-N_TOKENS, TOP_K = 500, 20
-REPEATS = 50
+SIZES, TOP_K = (20, 500), 20
+REPEATS = 200
 
 
-def choice() -> dict[str, Any]:
+def choice(n_tokens: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    rows = np.sort(np.log(rng.dirichlet(np.full(TOP_K, 0.2), N_TOKENS) + 1e-9))[:, ::-1].tolist()
+    rows = np.sort(np.log(rng.dirichlet(np.full(TOP_K, 0.2), n_tokens) + 1e-9))[:, ::-1].tolist()
 
     def token(rank: int, logprob: float) -> dict[str, Any]:
         return {"token": f"tok{rank}", "logprob": logprob, "bytes": list(f"tok{rank}".encode())}
@@ -27,26 +29,31 @@ def choice() -> dict[str, Any]:
     return {"index": 0, "message": {"content": "…"}, "logprobs": {"content": content}, "finish_reason": "stop"}
 
 
-def milliseconds(work: Callable[[], object]) -> float:
+def microseconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
-    return (time.perf_counter() - start) * 1e3
+    return (time.perf_counter() - start) * 1e6
 
 
-def main() -> None:
-    payload = choice()
+def compare(n_tokens: int) -> None:
+    payload = choice(n_tokens)
     text = json.dumps(payload).encode()
+    signals = token_signals(payload)
+    packed = pack_logprobs(lambda: signals)
     works: dict[str, Callable[[], object]] = {
         "token_signals": lambda: token_signals(payload),
+        "packing": lambda: pack_logprobs(lambda: signals),
+        "unpacking": lambda: token_signals(packed),
+        "unpacking, centroid": lambda: CentroidScorer()([Candidate(index=0, signals=token_signals(packed))]),
         "msgspec decode": lambda: msgspec.json.decode(text),
         "json decode": lambda: json.loads(text),
     }
-    rounds = [[milliseconds(work) for work in works.values()] for _ in range(REPEATS)]
-    medians = [statistics.median(times) for times in zip(*rounds, strict=True)]
-    print(f"{N_TOKENS} tokens x {TOP_K} alternatives, {len(text) / 1e3:.0f} kB")
-    for name, median in zip(works, medians, strict=True):
-        print(f"{name:15} {median:7.2f} ms   token_signals takes {medians[0] / median:5.2f} of it")
+    rounds = [[microseconds(work) for work in works.values()] for _ in range(REPEATS)]
+    print(f"{n_tokens} tokens x {TOP_K} alternatives, {len(text) / 1e3:.0f} kB")
+    for name, times in zip(works, zip(*rounds, strict=True), strict=True):
+        print(f"{name:20} {statistics.median(times):9.1f} µs")
 
 
 if __name__ == "__main__":
-    main()
+    for size in SIZES:
+        compare(size)

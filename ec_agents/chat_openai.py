@@ -1,0 +1,107 @@
+"""The decoder of the fast path under ``ChatOpenAI`` of langchain-openai."""
+
+from typing import Any, cast
+
+import openai
+from langchain_core.language_models import BaseChatModel
+from langchain_core.runnables import RunnableBinding
+from openai.resources.chat import AsyncCompletions, Completions
+from openai.types.chat import ChatCompletion, ParsedChatCompletion
+
+from ec_agents.transport import ClientPerLoop, async_http_client, decoded
+from ec_agents.wire import decode_response
+
+
+def fast_logprobs(model: Any) -> Any:
+    """The same ``ChatOpenAI`` of langchain-openai, with responses decoded like those of ``OpenAIChatModel``.
+
+    Requests, retries, headers and callbacks stay as they are; only the pool of connections is another, so that the
+    object may be used in one event loop after the other. Streams, the Responses API and structured output by a pydantic
+    class go the ordinary way, and so does every model that is not recognised: it is returned unchanged.
+
+    Args:
+        model: A chat model, or one with ``.bind(…)``.
+    """
+    if isinstance(model, RunnableBinding):
+        binding = cast("RunnableBinding[Any, Any]", model)
+        return binding.model_copy(update={"bound": fast_logprobs(binding.bound)})
+    if not isinstance(model, BaseChatModel):
+        return model
+    clients = _own_clients(model)
+    parts = {name: _fast_part(getattr(model, name, None), clients) for name in _PARTS}
+    replaced = {name: part for name, part in parts.items() if part is not None}
+    return model.model_copy(update=replaced) if replaced else model
+
+
+_PARTS = ("client", "async_client", "root_client", "root_async_client")
+
+
+def _own_clients(model: Any) -> ClientPerLoop | None:
+    """Clients like that of a ``ChatOpenAI``, one a loop; None where the user has chosen the connections."""
+    root = getattr(model, "root_async_client", None)
+    if not isinstance(root, openai.AsyncOpenAI) or getattr(model, "http_async_client", None) is not None:
+        return None
+    return ClientPerLoop(lambda: root.copy(http_client=async_http_client()))
+
+
+def _fast_part(part: Any, clients: ClientPerLoop | None) -> Any:
+    """What to put in place of one of the clients of a ``ChatOpenAI``; None where it is not what is expected."""
+    if isinstance(part, Completions | AsyncCompletions):
+        return _Replaced(part, with_raw_response=_FastCompletions(part, clients))
+    if isinstance(part, openai.OpenAI | openai.AsyncOpenAI):
+        completions = _fast_part(part.chat.completions, clients)
+        return _Replaced(part, chat=_Replaced(part.chat, completions=completions))
+    return None
+
+
+class _Replaced:
+    """An object of the SDK with some of its attributes replaced."""
+
+    def __init__(self, real: Any, **replaced: Any) -> None:
+        self.__dict__.update(replaced, _real=real)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.__dict__["_real"], name)
+
+
+class _FastCompletions:
+    """Stands for ``completions.with_raw_response``."""
+
+    def __init__(self, completions: Completions | AsyncCompletions, clients: ClientPerLoop | None) -> None:
+        self._real: Any = completions
+        self._clients = clients
+
+    def create(self, **payload: Any) -> Any:
+        """The response to a request, or an awaitable of it."""
+        ordinary = bool(payload.get("stream"))
+        return self._real.with_raw_response.create(**payload) if ordinary else self._send(payload, ChatCompletion)
+
+    def parse(self, **payload: Any) -> Any:
+        """The response to a request for structured output, or an awaitable of it."""
+        ordinary = isinstance(payload.get("response_format"), type)
+        return self._real.with_raw_response.parse(**payload) if ordinary else self._send(payload, ParsedChatCompletion)
+
+    def _send(self, payload: dict[str, Any], kind: Any) -> Any:
+        if isinstance(self._real, AsyncCompletions):
+            return self._send_async(payload, kind)
+        raw = self._real.with_raw_response.create(**payload)
+        return _FastResponse(raw.headers, kind.construct(**decode_response(raw.content, payload.get("n") or 1)))
+
+    async def _send_async(self, payload: dict[str, Any], kind: Any) -> "_FastResponse":
+        completions: Any = self._real if self._clients is None else (await self._clients.get()).chat.completions
+        raw = await completions.with_raw_response.create(**payload)
+        return _FastResponse(raw.headers, kind.construct(**await decoded(raw.content, payload.get("n") or 1)))
+
+
+class _FastResponse:
+    """Stands for the SDK's raw response; the body is not kept."""
+
+    def __init__(self, headers: Any, completion: ChatCompletion) -> None:
+        self.headers = headers
+        self._completion = completion
+
+    def parse(self) -> ChatCompletion:
+        """The completion, its log-probabilities packed."""
+        return self._completion
