@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+from adding import ASK, EARLY, LATE, THREAD, add, call_add, record, two_steps
 from langchain_core.caches import InMemoryCache
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.outputs import ChatResult
-from langchain_core.runnables import RunnableConfig, RunnableLambda
+from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
@@ -41,39 +42,11 @@ from ec_agents.sampling import sample
 from ec_agents.selection import Selector
 from ec_agents.testing import Reply, ScriptedChatModel
 
-LATE, EARLY = ".......!..", ".!........"
-ASK = {"messages": [HumanMessage("what is 1 + 2?")]}
 STRICT = os.environ.get("LANGGRAPH_STRICT_MSGPACK") == "true"
-THREAD: RunnableConfig = {"configurable": {"thread_id": "1"}}
-
-
-def add(a: int, b: int) -> int:
-    """Add two numbers."""
-    return a + b
-
-
-def call_add(a: Any, b: Any, profile: str | None = LATE, **fields: Any) -> Reply:
-    return Reply(tool_calls=[("add", {"a": a, "b": b})], profile=profile, **fields)
-
-
-def two_steps() -> list[Reply]:
-    """A step whose second of three candidates wins and acts, then a step whose first wins and ends the run."""
-    return [
-        call_add(1, 1),
-        call_add(1, 2, EARLY),
-        call_add(9, 9),
-        Reply(content="it is 3", profile=EARLY),
-        Reply(content="it is 4", profile=LATE),
-        Reply(content="it is 5", profile=LATE),
-    ]
 
 
 def agent_of(replies: Sequence[Reply], tools: Any = (add,), n: int = 3, **options: Any) -> Any:
     return create_centroid_agent(ScriptedChatModel(replies=replies), tools, n=n, **options)
-
-
-def record(message: AIMessage) -> dict[str, Any]:
-    return message.response_metadata["ec_agents"]
 
 
 def test_the_drawn_graph_shows_the_shape():
@@ -535,20 +508,6 @@ def test_the_nodes_work_in_a_graph_of_ones_own():
     graph.add_conditional_edges("choose", route_selected, {"tools": "tools", END: "look"})
     compiled: Any = graph.compile()
     assert compiled.invoke(ASK)["seen"] == ["it is 3"]
-
-
-def test_parallel_tool_calls_of_the_winner_run_once_each():
-    done: list[int] = []
-
-    def square(x: int) -> int:
-        """Square a number."""
-        done.append(x)
-        return x * x
-
-    both = Reply(tool_calls=[("square", {"x": 2}), ("square", {"x": 3})], profile=EARLY)
-    one = Reply(tool_calls=[("square", {"x": 9})], profile=LATE)
-    agent_of([one, both, *[Reply(content="ok")] * 2], [square], n=2).invoke(ASK)
-    assert sorted(done) == [2, 3]
 
 
 @pytest.mark.parametrize(

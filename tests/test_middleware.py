@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adding import ASK, EARLY, LATE, THREAD, add, call_add, record, two_steps
 from langchain.agents import create_agent
 from langchain.agents.middleware import (
     AgentMiddleware,
@@ -27,7 +28,6 @@ from langchain.agents.structured_output import (
 )
 from langchain_core.callbacks import get_usage_metadata_callback
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
-from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.types import Command
 from pydantic import BaseModel
@@ -36,31 +36,6 @@ from ec_agents.errors import ConfigError, SamplingError, SelectionError, StateEr
 from ec_agents.middleware import EntropyCentroidMiddleware, _unpack
 from ec_agents.selection import Selector
 from ec_agents.testing import Reply, ScriptedChatModel
-
-LATE, EARLY = ".......!..", ".!........"
-ASK: Any = {"messages": [HumanMessage("what is 1 + 2?")]}
-THREAD: RunnableConfig = {"configurable": {"thread_id": "1"}}
-
-
-def add(a: int, b: int) -> int:
-    """Add two numbers."""
-    return a + b
-
-
-def call_add(a: Any, b: Any, profile: str = LATE, **fields: Any) -> Reply:
-    return Reply(tool_calls=[("add", {"a": a, "b": b})], profile=profile, **fields)
-
-
-def two_steps() -> list[Reply]:
-    """A step whose second of three candidates wins and acts, then a step whose first wins and ends the run."""
-    return [
-        call_add(1, 1),
-        call_add(1, 2, EARLY),
-        call_add(9, 9),
-        Reply(content="it is 3", profile=EARLY),
-        Reply(content="it is 4", profile=LATE),
-        Reply(content="it is 5", profile=LATE),
-    ]
 
 
 def scripted(replies: Sequence[Reply]) -> ScriptedChatModel:
@@ -80,10 +55,6 @@ def agent_of(
     model = replies if isinstance(replies, ScriptedChatModel) else scripted(replies)
     ours = EntropyCentroidMiddleware(n=n, **options)
     return create_agent(model, list(tools), middleware=[*outside, ours, *inside], **agent or {})
-
-
-def record(message: AIMessage) -> dict[str, Any]:
-    return message.response_metadata["ec_agents"]
 
 
 # The choice

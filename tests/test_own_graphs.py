@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+from adding import ASK, EARLY, LATE, THREAD, add
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
-from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import InjectedToolCallId, tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite import SqliteSaver
@@ -26,15 +26,6 @@ from langgraph.types import Command, RetryPolicy
 from ec_agents.errors import SamplingError
 from ec_agents.graph import CentroidScorerNode, CentroidState, SamplingNode, route_selected
 from ec_agents.testing import Reply, ScriptedChatModel
-
-LATE, EARLY = ".......!..", ".!........"
-ASK: Any = {"messages": [HumanMessage("what is 1 + 2?")]}
-THREAD: RunnableConfig = {"configurable": {"thread_id": "1"}}
-
-
-def add(a: int, b: int) -> int:
-    """Add two numbers."""
-    return a + b
 
 
 def two_steps() -> list[Reply]:

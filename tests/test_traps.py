@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
+from adding import ASK, EARLY, LATE, THREAD, add, call_add, record, two_steps
 from langchain.agents import create_agent
 from langchain.agents.middleware import (
     AgentMiddleware,
@@ -20,7 +21,6 @@ from langchain_core.callbacks import BaseCallbackHandler, get_usage_metadata_cal
 from langchain_core.globals import set_llm_cache
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_core.outputs import ChatGenerationChunk, LLMResult
-from langchain_core.runnables import RunnableConfig
 from langchain_openai import ChatOpenAI
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
@@ -33,31 +33,6 @@ from ec_agents.errors import ConfigError, UnsupportedLogprobs
 from ec_agents.graph import create_centroid_agent
 from ec_agents.middleware import EntropyCentroidMiddleware
 from ec_agents.testing import Reply, ScriptedChatModel
-
-LATE, EARLY = ".......!..", ".!........"
-ASK: Any = {"messages": [HumanMessage("what is 1 + 2?")]}
-THREAD: RunnableConfig = {"configurable": {"thread_id": "1"}}
-
-
-def add(a: int, b: int) -> int:
-    """Add two numbers."""
-    return a + b
-
-
-def call_add(a: Any, b: Any, profile: str | None = LATE) -> Reply:
-    return Reply(tool_calls=[("add", {"a": a, "b": b})], profile=profile)
-
-
-def two_steps() -> list[Reply]:
-    """A step whose second of three candidates wins and acts, then a step whose first wins and ends the run."""
-    return [
-        call_add(1, 1),
-        call_add(1, 2, EARLY),
-        call_add(9, 9),
-        Reply(content="it is 3", profile=EARLY),
-        Reply(content="it is 4", profile=LATE),
-        Reply(content="it is 5", profile=LATE),
-    ]
 
 
 class Model(ScriptedChatModel):
@@ -101,10 +76,6 @@ def in_graph(model: Any, **options: Any) -> Any:
 
 
 EVERYWHERE = pytest.mark.parametrize("make", [in_middleware, in_graph])
-
-
-def record(message: AIMessage) -> dict[str, Any]:
-    return message.response_metadata["ec_agents"]
 
 
 @EVERYWHERE

@@ -1,59 +1,24 @@
 """A local OpenAI-compatible server that can fail in every way that real ones do."""
 
 import asyncio
-import json
 import math
 import random
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import count, cycle
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any, Self, cast
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, UsageMetadata, convert_to_messages, convert_to_openai_messages
 
 from ec_agents.errors import ConfigError
+from ec_agents.testing.faults import FAULTS, NO_FAULT, Fault, Json
 from ec_agents.testing.scripted import Reply
 
-Json = dict[str, Any]
-
-BIG_BODY = 20_000_000
-"""Bytes of the ``big_body`` fault, at least."""
-SENTINEL = -9999.0
-
 _HELLO = Reply(content="hello")
-
-
-def _same(data: Any) -> Any:
-    return data
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
-    """One way to answer badly: when, with which status, and with what in place of the response."""
-
-    about: str
-    """What goes wrong."""
-    delay: float = 0.0
-    """Seconds before anything is sent; ``math.inf`` never answers."""
-    jitter: float = 0.0
-    """Most seconds added to the delay, drawn uniformly."""
-    status: int = 200
-    """HTTP status; from 400 on, an error in OpenAI's form takes the place of the response."""
-    headers: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Headers besides the usual ones."""
-    content_type: str = "application/json"
-    """What the body is said to be."""
-    payload: Callable[[Json], Any] = _same
-    """Changes the response before it becomes JSON."""
-    body: Callable[[bytes], bytes] = _same
-    """Changes the bytes of the body."""
-    sent: float = 1.0
-    """Share of the body that is sent before the connection breaks off."""
 
 
 class FaultServer:
@@ -100,7 +65,7 @@ class FaultServer:
         self._web: Any = _aiohttp_web()
         self._runner: Any = None
         self._complete = _source(source)
-        self._faults = [_fault(fault) for fault in faults] or [None]
+        self._faults = [_fault(fault) for fault in faults] or [NO_FAULT]
         self._latency = latency
         self._ids = count()
         self._rng = random.Random(0)
@@ -164,8 +129,7 @@ class FaultServer:
         finally:
             self.in_flight -= 1
 
-    async def _respond(self, request: Any, asked: Json, fault: Fault | None) -> Any:
-        fault = fault or _NONE
+    async def _respond(self, request: Any, asked: Json, fault: Fault) -> Any:
         if math.isinf(fault.delay):
             await asyncio.Event().wait()
         await asyncio.sleep(self._latency + fault.delay + fault.jitter * self._rng.random())
@@ -175,11 +139,11 @@ class FaultServer:
             payload = await self._complete(asked)
         except Exception as error:  # noqa: BLE001 - a server answers with what went wrong
             status = 400 if isinstance(error, ValueError) else 500
-            return await self._send(request, _error(status, str(error)), replace(_NONE, status=status))
-        return await self._send(request, payload if fault.payload is _same else deepcopy(payload), fault)
+            return await self._send(request, _error(status, str(error)), replace(NO_FAULT, status=status))
+        return await self._send(request, payload, fault)
 
     async def _send(self, request: Any, payload: Any, fault: Fault) -> Any:
-        body = fault.body(json.dumps(fault.payload(payload), separators=(",", ":")).encode())
+        body = fault.spoil(payload)
         if fault.sent < 1.0:
             return await self._break_off(request, body, fault)
         options = {"status": fault.status, "content_type": fault.content_type, "headers": fault.headers}
@@ -221,9 +185,9 @@ def _source(source: Any) -> Callable[[Json], Awaitable[Any]]:
     return _from_messages(lambda _: _play(next(script)))
 
 
-def _fault(fault: str | Fault | None) -> Fault | None:
+def _fault(fault: str | Fault | None) -> Fault:
     if not isinstance(fault, str):
-        return fault
+        return fault or NO_FAULT
     if fault not in FAULTS:
         raise ConfigError(f"there is no fault {fault!r}; known: {', '.join(FAULTS)}")
     return FAULTS[fault]
@@ -294,116 +258,3 @@ def _choice(message: AIMessage, index: int, asked: Mapping[str, Any]) -> Json:
         tokens = [{**token, "top_logprobs": token["top_logprobs"][:k]} for token in logprobs["content"]]
         logprobs = {"content": tokens, "refusal": None}
     return {"index": index, "message": fields, "logprobs": logprobs, "finish_reason": metadata.get("finish_reason")}
-
-
-def _choices(change: Callable[[Json], Any]) -> Callable[[Json], Json]:
-    """Changes every choice of a response."""
-
-    def payload(response: Json) -> Json:
-        for choice in response["choices"]:
-            change(choice)
-        return response
-
-    return payload
-
-
-def _tokens(change: Callable[[Json], Any]) -> Callable[[Json], Json]:
-    """Changes every token of every choice that has any."""
-
-    def payload(choice: Json) -> None:
-        for token in (choice["logprobs"] or {"content": ()})["content"]:
-            change(token)
-
-    return _choices(payload)
-
-
-def _fewer(response: Json) -> Json:
-    return {**response, "choices": response["choices"][:1]}
-
-
-def _last_is(value: float) -> Callable[[Json], Json]:
-    """Gives the last alternative of every token another number."""
-    return _tokens(lambda token: token["top_logprobs"][-1].update(logprob=value))
-
-
-def _absent(token: Json) -> None:
-    token.update({"token": "(drawn)", "bytes": list(b"(drawn)"), "logprob": -12.5})
-
-
-def _call(choice: Json) -> None:
-    function = {"name": "calc", "arguments": '{"expression":"6*7"}'}
-    call = {"id": "call_0", "type": "function", "function": function}
-    choice["message"].update(content=None, tool_calls=[call])
-    choice["finish_reason"] = "tool_calls"
-
-
-def _unmeasured_call(choice: Json) -> None:
-    _call(choice)
-    choice["logprobs"] = None
-
-
-def _refuse(choice: Json) -> None:
-    choice["message"].update(content=None, refusal="I cannot help with that.")
-    if choice["logprobs"]:
-        choice["logprobs"] = {"content": None, "refusal": choice["logprobs"]["content"]}
-
-
-def _inflate(body: bytes) -> bytes:
-    """The tokens of the first choice again and again, until the body is big."""
-    response: Json = json.loads(body)
-    tokens: list[Json] = (response["choices"][0]["logprobs"] or {"content": list[Json]()})["content"]
-    if not tokens:
-        return body
-    once = json.dumps(tokens, separators=(",", ":")).encode()
-    return body.replace(once[1:-1], b",".join([once[1:-1]] * (BIG_BODY // (len(once) - 1) + 1)), 1)
-
-
-_HTML = b"<!doctype html><title>Sign in</title>"
-_NONE = Fault(about="nothing")
-
-FAULTS: Mapping[str, Fault] = MappingProxyType(
-    {
-        "latency": Fault(about="a slow answer", delay=0.1),
-        "jitter": Fault(about="answers in any order", jitter=0.1),
-        "straggler": Fault(about="an answer long after the others", delay=1.0),
-        "hang": Fault(about="no answer, ever", delay=math.inf),
-        "status_429": Fault(about="rate limit", status=429),
-        "retry_after": Fault(about="rate limit, with the time to wait", status=429, headers={"Retry-After": "1"}),
-        "status_500": Fault(about="internal error", status=500),
-        "status_503": Fault(about="overloaded", status=503),
-        "disconnect": Fault(about="the connection breaks in the middle of the body", sent=0.5),
-        "truncated_json": Fault(about="the body ends in the middle", body=lambda body: body[: len(body) // 2]),
-        "html_page": Fault(about="a page instead of JSON", content_type="text/html", body=lambda _: _HTML),
-        "wrong_content_type": Fault(about="JSON that is said to be text", content_type="text/plain"),
-        "invalid_utf8": Fault(
-            about="bytes that are no text", body=lambda body: body.replace(b"assistant", b"\xff\xfe")
-        ),
-        "big_body": Fault(about="a body of 20 MB", body=_inflate),
-        "empty_choices": Fault(about="no choices", payload=lambda response: {**response, "choices": []}),
-        "fewer_choices": Fault(about="one choice, whatever n is", payload=_fewer),
-        "null_logprobs": Fault(
-            about="logprobs are null", payload=_choices(lambda choice: choice.update(logprobs=None))
-        ),
-        "no_top_logprobs": Fault(about="no alternatives", payload=_tokens(lambda token: token.pop("top_logprobs"))),
-        "nan": Fault(about="NaN among the alternatives", payload=_last_is(math.nan)),
-        "infinity": Fault(about="-Infinity among the alternatives", payload=_last_is(-math.inf)),
-        "sentinel": Fault(about="-9999 among the alternatives", payload=_last_is(SENTINEL)),
-        "unsorted": Fault(about="alternatives in no order", payload=_tokens(lambda t: t["top_logprobs"].reverse())),
-        "absent_token": Fault(about="the drawn token is not among the alternatives", payload=_tokens(_absent)),
-        "duplicate_token": Fault(
-            about="the drawn token is listed twice",
-            payload=_tokens(lambda token: token["top_logprobs"].append(token["top_logprobs"][0])),
-        ),
-        "tool_calls": Fault(about="a tool call, its tokens measured", payload=_choices(_call)),
-        "unmeasured_tool_calls": Fault(
-            about="a tool call without log-probabilities", payload=_choices(_unmeasured_call)
-        ),
-        "reasoning": Fault(
-            about="reasoning beside the answer",
-            payload=_choices(lambda choice: choice["message"].update(reasoning_content="6 times 7 is 42")),
-        ),
-        "refusal": Fault(about="the model refuses", payload=_choices(_refuse)),
-        "length": Fault(about="cut off", payload=_choices(lambda choice: choice.update(finish_reason="length"))),
-    }
-)
-"""The faults by name."""
