@@ -184,13 +184,17 @@ def refuse_unsupported(
 
 
 def verify(candidates: Sequence[Candidate], *, top_logprobs: int) -> Verdict | None:
-    """What responses show about their endpoint; None if they show nothing: empty, refused, or cut off at once.
+    """What responses show about their endpoint; None if they show nothing: no text, no action, no log-probabilities.
+
+    One that has only reasoning, because the token limit cut it off, shows as much as any other.
 
     Args:
         candidates: Responses of one endpoint, to the same request.
         top_logprobs: Alternatives that were asked for.
     """
-    telling = [c for c in candidates if (c.content or c.tool_calls) and "refused" not in c.flaws]
+    sound = [c for c in candidates if "refused" not in c.flaws]
+    answered = [c for c in sound if c.content or c.tool_calls]
+    telling = [c for c in sound if c.content or c.tool_calls or c.signals]
     if not telling:
         return None
     k = max((c.signals.n_alternatives for c in telling if c.signals), default=0)
@@ -200,7 +204,7 @@ def verify(candidates: Sequence[Candidate], *, top_logprobs: int) -> Verdict | N
         "missing": None if len(measured) == len(telling) else _missing(telling),
         "alternatives": f"{k} alternatives a token, {top_logprobs} were asked for" if 0 < k < top_logprobs else None,
         "coverage": _too_little(min(coverages, default=1)) if measured else None,
-        "identical": _identical(telling),
+        "identical": _identical(answered),
         "degenerate": _degenerate(measured),
         "sentinels": _sentinels(measured),
         "sums": _sums(measured),

@@ -295,6 +295,13 @@ def test_responses_that_show_nothing_give_no_verdict():
     assert verify([], top_logprobs=20) is None
 
 
+def test_reasoning_that_the_token_limit_cut_off_shows_as_much_as_an_answer():
+    verdict = verify([candidate(content="", measured=signals()) for _ in range(2)], top_logprobs=20)
+    assert verdict is not None
+    assert verdict.usable
+    assert "identical" not in verdict.problems
+
+
 def test_a_bad_verdict_stops_the_next_request_and_can_be_forgotten():
     where = endpoint("", base_url="http://127.0.0.1:1/v1")
     verdict = verify([candidate()], top_logprobs=20)
