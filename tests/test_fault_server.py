@@ -82,6 +82,11 @@ def test_a_response_or_a_function_can_be_served():
         assert ask(server) == {"echo": "any"}
 
 
+def test_a_function_may_give_a_reply():
+    with FaultServer(lambda asked: Reply(content=asked["messages"][0]["content"].upper())) as server:
+        assert [choice["message"]["content"] for choice in ask(server, {**ASK, "n": 2})["choices"]] == ["HI", "HI"]
+
+
 def test_errors_of_a_script_are_errors_of_the_server():
     with FaultServer([Reply(error=RuntimeError("boom"))]) as server:
         assert asyncio.run(post(server, ASK))[0] == 500

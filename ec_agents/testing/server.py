@@ -28,7 +28,7 @@ class FaultServer:
 
     Args:
         source: What it answers: replies of a script in turn, again and again; a chat model, for example
-            ``EmbeddedChatModel()``; one response as it is; or a function from request to response.
+            ``EmbeddedChatModel()``; one response as it is; or a function from request to a reply or response.
         faults: Which fault each request meets, in the order in which requests arrive, again and again: a name in
             ``FAULTS``, a ``Fault``, or None. With ``n`` > 1 a fault meets all choices.
         latency: Seconds before every answer.
@@ -195,7 +195,8 @@ def _fault(fault: str | Fault | None) -> Fault:
 
 def _from_function(answer: Callable[[Json], Any]) -> Callable[[Json], Awaitable[Any]]:
     async def complete(asked: Json) -> Any:
-        return answer(asked)
+        found = answer(asked)
+        return await _from_messages(lambda _: _play(found))(asked) if isinstance(found, Reply) else found
 
     return complete
 
