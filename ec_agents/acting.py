@@ -11,6 +11,7 @@ from langchain_core.outputs import ChatGeneration, ChatResult
 from ec_agents.actions import JsonActions
 from ec_agents.errors import ActionError
 from ec_agents.providers import endpoint_of
+from ec_agents.selection import REFUSED, TRUNCATED
 
 _Model = TypeVar("_Model", bound=BaseChatModel)
 
@@ -97,12 +98,22 @@ def _asking(form: Mapping[str, Any], model: Any, options: Mapping[str, Any]) -> 
 
 
 def _decoded(actions: JsonActions, result: ChatResult) -> ChatResult:
-    """The result with every message decoded."""
+    """The result with every message decoded, except for what was cut off."""
     result.generations = [
-        ChatGeneration(message=actions.decode(cast("AIMessage", found.message)), generation_info=found.generation_info)
+        found
+        if _finish_reason(found) in TRUNCATED | REFUSED
+        else ChatGeneration(
+            message=actions.decode(cast("AIMessage", found.message)), generation_info=found.generation_info
+        )
         for found in result.generations
     ]
     return result
+
+
+def _finish_reason(found: ChatGeneration) -> str:
+    """Why the model stopped; ChatOpenAI does not say it in the message yet."""
+    known: dict[str, Any] = {**(found.generation_info or {}), **found.message.response_metadata}
+    return str(known.get("finish_reason") or known.get("stop_reason") or known.get("done_reason") or "").lower()
 
 
 def _explain(model: object, error: Exception) -> None:

@@ -141,9 +141,11 @@ class JsonActions:
         if "final_answer" in action:
             answer = action["final_answer"]
             if self._answer is not None:
-                answer = json.dumps(_restored(answer, self._answer), ensure_ascii=False)
+                answer = _restored(answer, self._answer)
+            if self._answer is not None or not isinstance(answer, str):
+                answer = json.dumps(answer, ensure_ascii=False)
             kept: dict[str, Any] = {**message.additional_kwargs, THOUGHT_KEY: thought}
-            return message.model_copy(update={"content": str(answer), "additional_kwargs": kept})
+            return message.model_copy(update={"content": answer, "additional_kwargs": kept})
         calls = [self._tool_call(call) for call in action.get("calls") or [action]]
         return message.model_copy(update={"content": thought, "tool_calls": calls})
 
@@ -278,6 +280,8 @@ def _read(text: str) -> tuple[str, Json]:
     """Thought and action of an answer."""
     try:
         data = json.loads(text, strict=False)
+        if "\\ud" in text.lower():  # half a surrogate pair is in no text that can be kept or sent
+            data = json.loads(json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))
         action = data["action"]
         calls = action.get("calls", [action])
         if "final_answer" in action or (calls and all(isinstance(call["tool"], str) for call in calls)):

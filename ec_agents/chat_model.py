@@ -11,6 +11,7 @@ from typing import Any, cast
 from langchain_core.callbacks import (
     AsyncCallbackManager,
     AsyncCallbackManagerForLLMRun,
+    BaseCallbackManager,
     CallbackManagerForLLMRun,
     UsageMetadataCallbackHandler,
 )
@@ -226,14 +227,17 @@ class CentroidChatModel(OneChunkModel):
     def _callbacks(self, run_manager: RunManager | None) -> RunnableConfig:
         """Who is told of the N calls.
 
-        Usage counters are told of the N calls and not of this one, which repeats the usage of one of them.
+        What is bound to the asked model is. Usage counters are told of the N calls and not of this one, which repeats
+        the usage of one of them.
         """
+        bound = self._step.config.get("callbacks") or []
+        own = bound.handlers if isinstance(bound, BaseCallbackManager) else bound
         if run_manager is None:
-            return {"callbacks": []}
+            return {"callbacks": list(own)}
         counters = [h for h in run_manager.handlers if isinstance(h, UsageMetadataCallbackHandler)]
         others = [handler for handler in run_manager.handlers if handler not in counters]
         run_manager.handlers = others
-        told = [*counters, *(others if self.trace_candidates else ())]
+        told = [*own, *(h for h in [*counters, *(others if self.trace_candidates else ())] if h not in own)]
         return {"callbacks": AsyncCallbackManager(told, told, run_manager.run_id)}
 
 

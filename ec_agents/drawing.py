@@ -115,7 +115,7 @@ class StepModels:
         """The model as steps ask it."""
         if not isinstance(model, BaseChatModel):  # it may stand for another one each time
             return self._make(model)
-        fields = list(vars(model).values())
+        fields = [*vars(model).values(), *(model.__pydantic_private__ or {}).values()]
         for known, had, made in self._made:
             if known is model and len(had) == len(fields) and all(map(is_, had, fields)):
                 return made

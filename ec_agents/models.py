@@ -4,18 +4,26 @@ It neither streams nor caches, and keeps its log-probabilities to itself: what a
 see of a response is the message with its packed token signals, 16 bytes a token instead of some 2 kB.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, partial, wraps
 from inspect import signature
 from operator import is_
 from typing import Any, cast
 
-from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackManager, Callbacks
+from langchain_core.callbacks import (
+    AsyncCallbackManager,
+    AsyncCallbackManagerForLLMRun,
+    BaseCallbackManager,
+    Callbacks,
+)
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatResult, LLMResult
 from langchain_core.runnables import RunnableBinding, RunnableConfig
 from langchain_core.runnables.config import ensure_config, var_child_runnable_config
+from langchain_core.tools import BaseTool
 from langchain_core.tracers._streaming import _StreamingCallbackHandler
 from langgraph.constants import TAG_NOSTREAM
 
@@ -27,6 +35,12 @@ SIGNALS_KEY = "ec_signals"
 
 _FOR_LANGCHAIN = {"ls_structured_output_format", "structured_output_format"}
 """Arguments that are meant for LangChain and not for the model."""
+
+_AROUND = ("ainvoke", "_convert_input", "agenerate_prompt", "agenerate", "_agenerate_with_cache")
+"""What stands between a caller and ``_agenerate``."""
+
+_TELLS: ContextVar[list[bool] | None] = ContextVar("ec_agents_tells", default=None)
+"""Within ``one_step``, what ``_tells`` found."""
 
 _BOUND = 128
 """Bindings that a copy keeps: those of the last step, at least."""
@@ -88,17 +102,24 @@ class _Silent:
         parent: Any = super()
         return await parent.agenerate(messages, stop, _without_streams(callbacks), **kwargs)
 
+
+class _Quick(_Silent):
+    """What a copy does besides, if its model leaves everything around ``_agenerate`` to LangChain."""
+
     async def ainvoke(self, input: Any, config: Any = None, *, stop: Any = None, **kwargs: Any) -> AIMessage:  # noqa: A002
         """The answer, past LangChain's callbacks where nobody listens: they cost more than all that is done here."""
         model, parent = cast("Any", self), cast("Any", super())
         is_ordinary = model.rate_limiter is None and model.output_version in (None, "v0") and _is_plain(input)
         if not is_ordinary or _FOR_LANGCHAIN & kwargs.keys() or _is_heard(model, config):
             return await parent.ainvoke(input, config, stop=stop, **kwargs)
-        result: ChatResult = await model._agenerate(input, stop=stop, **kwargs)  # noqa: SLF001 - it is this model's own
-        [generation, *_] = result.generations
+        nobody = AsyncCallbackManagerForLLMRun.get_noop_manager()  # LangChain always gives one
+        answering = model._agenerate(input, stop=stop, run_manager=nobody, **kwargs)  # noqa: SLF001 - this model's own
+        result: ChatResult = await answering
+        generation = result.generations[0]
         message = cast("AIMessage", generation.message)
-        known: dict[str, Any] = {**(result.llm_output or {}), **(generation.generation_info or {})}
-        message.response_metadata = {**known, **message.response_metadata}
+        shared = result.llm_output or {} if len(result.generations) == 1 else {}
+        message.response_metadata = {**shared, **(generation.generation_info or {}), **message.response_metadata}
+        message.id = message.id or f"lc_run--{nobody.run_id}-0"
         return message
 
 
@@ -118,12 +139,13 @@ def _silent(cls: type[BaseChatModel]) -> type[BaseChatModel]:
     if issubclass(cls, _Silent):
         return cls
     base: Any = cls
-    generate_one, agenerate_one = base._generate, base._agenerate  # noqa: SLF001 - a subclass overrides them
+    generate_one, agenerate_one = _taking(base._generate), _taking(base._agenerate)  # noqa: SLF001 - it is overridden
 
     @wraps(generate_one)
     def _generate(self: Any, *args: Any, **kwargs: Any) -> ChatResult:
         try:
-            return _measured(generate_one(self, *args, **kwargs))
+            with _streams_hidden():
+                return _measured(generate_one(self, *args, **kwargs))
         except TypeError as error:
             _explain(error)
             raise
@@ -131,7 +153,8 @@ def _silent(cls: type[BaseChatModel]) -> type[BaseChatModel]:
     @wraps(agenerate_one)
     async def _agenerate(self: Any, *args: Any, **kwargs: Any) -> ChatResult:
         try:
-            return _measured(await agenerate_one(self, *args, **kwargs))
+            with _streams_hidden():
+                return _measured(await agenerate_one(self, *args, **kwargs))
         except TypeError as error:
             _explain(error)
             raise
@@ -140,7 +163,37 @@ def _silent(cls: type[BaseChatModel]) -> type[BaseChatModel]:
         cast("Any", method).__signature__ = signature(original)  # LangChain looks at it at every call
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     metaclass: Any = type(cls)  # pydantic's
-    return metaclass(cls.__name__, (_Silent, cls), {"_generate": _generate, "_agenerate": _agenerate, **names})
+    usual = all(getattr(cls, way) is getattr(BaseChatModel, way) for way in _AROUND)
+    bases = (_Quick if usual else _Silent, cls)
+    return metaclass(cls.__name__, bases, {"_generate": _generate, "_agenerate": _agenerate, **names})
+
+
+def _taking(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, which may be given a run manager even if it takes none."""
+    if "run_manager" in signature(generate).parameters:
+        return generate
+
+    @wraps(generate)
+    def dropping(*args: Any, run_manager: object = None, **kwargs: Any) -> Any:  # noqa: ARG001 - see above
+        return generate(*args, **kwargs)
+
+    return dropping
+
+
+@contextmanager
+def _streams_hidden() -> Generator[None]:
+    """Where a model asks another one, that one finds the callbacks around it, and must not find a user's stream."""
+    around = var_child_runnable_config.get() or {}
+    callbacks = around.get("callbacks")
+    quiet = _without_streams(callbacks)
+    if not callbacks or quiet is callbacks:
+        yield
+        return
+    token = var_child_runnable_config.set({**around, "callbacks": quiet})
+    try:
+        yield
+    finally:
+        var_child_runnable_config.reset(token)
 
 
 def _is_plain(messages: object) -> bool:
@@ -151,25 +204,52 @@ def _is_plain(messages: object) -> bool:
     )
 
 
+@contextmanager
+def one_step() -> Generator[None]:
+    """Where all calls are of one step: whether LangChain tells anybody of each call is found out by the first."""
+    token = _TELLS.set([])
+    try:
+        yield
+    finally:
+        _TELLS.reset(token)
+
+
 def _is_heard(model: Any, config: RunnableConfig | None) -> bool:
     """Whether a tracer, a counter or another callback wants to be told of a call."""
     callbacks = (config or {}).get("callbacks") or (var_child_runnable_config.get() or {}).get("callbacks")
-    manager = AsyncCallbackManager.configure(_without_streams(callbacks), model.callbacks, model.verbose)
-    return bool(manager.handlers)
+    quiet = _without_streams(callbacks)
+    if (quiet.handlers if isinstance(quiet, BaseCallbackManager) else quiet) or model.callbacks or model.verbose:
+        return True
+    known = _TELLS.get()
+    return known[0] if known else _tells(known)
+
+
+def _tells(known: list[bool] | None) -> bool:
+    """Whether there are callbacks of the environment or the context, such as LangSmith's tracer; ``known`` takes it."""
+    found = bool(AsyncCallbackManager.configure().handlers)
+    if known is not None:
+        known.append(found)
+    return found
 
 
 def _bound_once(model: Any, bind: Callable[..., Any], tools: Sequence[Any], options: dict[str, Any]) -> Any:
     """The model with its tools. N calls of a step bind the same ones, which costs more than the rest of a call."""
     made: list[tuple[Sequence[Any], dict[str, Any], Any]] = model.__dict__.setdefault("_ec_bound", [])
+    asked = _parts(tools)
     for same, given, found in made:
         # A copy of the model has the list of the original.
-        if found.bound is model and len(same) == len(tools) and all(map(is_, same, tools)) and given == options:
+        if found.bound is model and len(same) == len(asked) and all(map(is_, same, asked)) and given == options:
             return found
     bound = bind(tools, **options)
     if isinstance(bound, RunnableBinding):
         del made[:-_BOUND]
-        made.append((list(tools), options, cast("Any", bound)))
+        made.append((_parts(tools), options, cast("Any", bound)))
     return cast("Any", bound)
+
+
+def _parts(tools: Sequence[Any]) -> list[Any]:
+    """The tools and their fields, of which a program may change one between two steps."""
+    return [*tools, *(value for tool in tools if isinstance(tool, BaseTool) for value in vars(tool).values())]
 
 
 def _measured(result: ChatResult) -> ChatResult:
@@ -204,8 +284,9 @@ def _explain(error: TypeError) -> None:
 def _without_streams(callbacks: Callbacks) -> Callbacks:
     """The callbacks that may see every candidate: tracers and counters, but no stream that a user looks at."""
     if isinstance(callbacks, BaseCallbackManager):
-        quiet = callbacks.copy()
-        for handler in filter(is_stream, callbacks.handlers):
+        streams = list(filter(is_stream, callbacks.handlers))
+        quiet = callbacks.copy() if streams else callbacks
+        for handler in streams:
             quiet.remove_handler(handler)
         return quiet
     return [handler for handler in callbacks or () if not is_stream(handler)]

@@ -44,8 +44,8 @@ Groups = tuple[list[Candidate], list[Candidate]]
 SEVERITY = ("truncated", "degenerate_loop", "no_signal", "invalid_action", "refused", "empty")
 """Flaws from the mildest to the worst; a flaw of a guard of one's own ranks as ``invalid_action``."""
 
-_TRUNCATED = frozenset({"length", "max_tokens", "model_length", "incomplete"})
-_REFUSED = frozenset({"content_filter", "refusal", "safety", "blocklist", "prohibited_content"})
+TRUNCATED = frozenset({"length", "max_tokens", "model_length", "incomplete"})
+REFUSED = frozenset({"content_filter", "refusal", "safety", "blocklist", "prohibited_content"})
 _LOOP_CHARACTERS = 240
 _LOOP_REPEATS = 4
 
@@ -55,13 +55,13 @@ _log = logging.getLogger(__name__)
 def truncated(candidate: Candidate) -> str | None:
     """Flaw: the token limit cut the response off."""
     reason = (candidate.finish_reason or "").lower()
-    return f"finish_reason {reason!r}: raise max_tokens" if reason in _TRUNCATED else None
+    return f"finish_reason {reason!r}: raise max_tokens" if reason in TRUNCATED else None
 
 
 def refused(candidate: Candidate) -> str | None:
     """Flaw: the provider or the model declined."""
     reason = (candidate.finish_reason or "").lower()
-    return f"finish_reason {reason!r}" if reason in _REFUSED else None
+    return f"finish_reason {reason!r}" if reason in REFUSED else None
 
 
 def empty(candidate: Candidate) -> str | None:

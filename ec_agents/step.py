@@ -1,8 +1,8 @@
 """One step as the graph, the middleware and the chat model share it: its events, its evidence, its telemetry."""
 
 import zlib
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import msgspec
 from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackManager, Callbacks
@@ -15,7 +15,7 @@ from langgraph.constants import TAG_NOSTREAM
 from ec_agents.candidates import Candidate, CandidateSet, Selection
 from ec_agents.errors import StateError
 from ec_agents.messages import decision_record, describe_failure, outline, shortened, without_logprobs
-from ec_agents.models import is_stream
+from ec_agents.models import is_stream, one_step
 from ec_agents.otel import choice_span, sampling_span
 from ec_agents.selection import Selector
 
@@ -60,7 +60,7 @@ async def draw(
         shown = outline(result) if isinstance(result, Candidate) else {"failure": describe_failure(result)}
         write({"ec_agents": "candidate", "index": index, **shown})
 
-    with sampling_span(model, n) as report:
+    with sampling_span(model, n) as report, one_step():
         drawn = await sampling(call, n=n, parse=parse, on_result=on_result)
         report(drawn)
     return drawn
@@ -86,7 +86,22 @@ def decide(selector: Selector, drawn: CandidateSet, write: Write) -> tuple[Selec
 
 def packed(data: object) -> bytes:
     """Data for a checkpoint, which holds some of it twice: a candidate's text is its message's. Objects become text."""
-    return zlib.compress(msgspec.msgpack.encode(data, enc_hook=str), level=1)
+    try:
+        encoded = msgspec.msgpack.encode(data, enc_hook=str)
+    except UnicodeEncodeError:  # servers and models write half a surrogate pair
+        encoded = msgspec.msgpack.encode(_encodable(data), enc_hook=str)
+    return zlib.compress(encoded, level=1)
+
+
+def _encodable(data: Any) -> Any:
+    """The data with a question mark in place of half a surrogate pair."""
+    if isinstance(data, str):
+        return data.encode("utf-8", "replace").decode()
+    if isinstance(data, Mapping):
+        return {_encodable(key): _encodable(value) for key, value in cast("Mapping[Any, Any]", data).items()}
+    if isinstance(data, list | tuple):
+        return [_encodable(value) for value in cast("Sequence[Any]", data)]
+    return data
 
 
 def unpacked(data: bytes, kind: type[_T]) -> _T:

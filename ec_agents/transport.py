@@ -273,6 +273,8 @@ def _asking(payload: Payload, n: int) -> dict[str, Any]:
     """
     body = {**payload, "n": n} if n > 1 else dict(payload)
     options = {name: body.pop(given) for given, name in _OPTIONS.items() if given in body}
+    if not body.get("stream", True):
+        del body["stream"]
     if unknown := body.keys() - _PARAMETERS:
         raise ConfigError(
             f"the OpenAI SDK knows no parameter {min(unknown)!r}; pass what only the server knows in extra_body"

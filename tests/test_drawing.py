@@ -12,13 +12,16 @@ from typing import Any
 
 import openai
 import pytest
+from langchain_core.messages import AIMessage
+from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_openai import ChatOpenAI
+from pydantic import PrivateAttr
 
-from ec_agents.drawing import StepModel, StepRequest
+from ec_agents.chat_openai import fast_logprobs
+from ec_agents.drawing import StepModel, StepModels, StepRequest
 from ec_agents.embedded import EmbeddedChatModel
 from ec_agents.errors import ActionError, ConfigError, LogprobsMissing, SamplingError, UnsupportedLogprobs
 from ec_agents.graph import create_centroid_agent
-from ec_agents.chat_openai import fast_logprobs
 from ec_agents.openai_client import OpenAIChatModel
 from ec_agents.selection import Selector
 from ec_agents.testing import FaultServer, Reply, ScriptedChatModel
@@ -278,6 +281,49 @@ def test_an_answer_that_was_cut_off_is_flawed_and_not_lost(client: Callable[...,
         record = agent.invoke(ASK)["messages"][1].response_metadata["ec_agents"]
     assert record["failures"] == {}
     assert [list(flaws) for flaws in record["flaws"].values()] == [["truncated"]]
+
+
+@CLIENTS
+@pytest.mark.parametrize(("reason", "flaw"), [("length", "truncated"), ("content_filter", "refused")])
+def test_half_an_action_is_flawed_and_not_lost(client: Callable[..., Any], reason: str, flaw: str):
+    half = Reply(content='{"thought": "I', finish_reason=reason)
+    with FaultServer([half, Reply(content=action("I think", {"final_answer": "3"}))]) as server:
+        agent = create_centroid_agent(client(server), [add], n=2, action_format="json")
+        message = agent.invoke(ASK)["messages"][1]
+    record = message.response_metadata["ec_agents"]
+    assert message.content == "3"
+    assert record["failures"] == {}
+    assert [list(flaws) for flaws in record["flaws"].values()] == [[flaw]]
+
+
+@CLIENTS
+@pytest.mark.parametrize("action_format", ["native", "json"])
+def test_half_a_surrogate_pair_stops_no_step(client: Callable[..., Any], action_format: Any):
+    native = Reply(tool_calls=[("add", {"a": 1, "\ud83d": 2})])
+    as_json = Reply(content=action("\ud83d", {"tool": "add", "arguments": {"a": 1, "\ud83d": 2}}))
+    last = Reply(content=action("\ud83d", {"final_answer": "\ud83d"}) if action_format == "json" else "\ud83d")
+    first = as_json if action_format == "json" else native
+    with FaultServer([first, first, last, last]) as server:
+        agent = create_centroid_agent(client(server), [add], n=2, action_format=action_format)
+        messages = agent.invoke(ASK)["messages"]
+    assert messages[1].tool_calls[0]["args"] == {"a": 1, "?": 2}
+    assert messages[-1].content == "?"
+
+
+def test_a_private_attribute_of_a_model_that_changes_makes_it_ready_again():
+    models = StepModels(top_logprobs=20, action_format="auto")
+    model = Counting()
+    first = models.of(model)
+    assert models.of(model) is first
+    model._private = 2
+    assert models.of(model).model.invoke("hi").content == "2"
+
+
+class Counting(EmbeddedChatModel):
+    _private: int = PrivateAttr(default=1)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> ChatResult:
+        return ChatResult(generations=[ChatGeneration(message=AIMessage(str(self._private)))])
 
 
 def test_models_without_a_server_stay_native_and_fall_back():

@@ -10,12 +10,15 @@ import pytest
 from langchain.agents import create_agent
 from langchain.agents.middleware import AgentMiddleware
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
+from langchain_core.callbacks import UsageMetadataCallbackHandler
 from langchain_core.messages import AIMessage
 from langchain_openai import ChatOpenAI
 from langgraph.checkpoint.memory import InMemorySaver
 from pydantic import BaseModel
 
 from ec_agents.chat_model import CentroidChatModel
+from ec_agents.chat_openai import fast_logprobs
+from ec_agents.embedded import EmbeddedChatModel
 from ec_agents.errors import (
     ActionError,
     ConfigError,
@@ -26,7 +29,6 @@ from ec_agents.errors import (
 )
 from ec_agents.graph import create_centroid_agent
 from ec_agents.middleware import EntropyCentroidMiddleware
-from ec_agents.chat_openai import fast_logprobs
 from ec_agents.openai_client import OpenAIChatModel
 from ec_agents.testing import FaultServer, Reply, ScriptedChatModel
 from ec_agents.testing.server import completion
@@ -434,3 +436,15 @@ async def test_calls_of_a_chat_model_in_a_named_run_are_numbered(tmp_path: Path)
     found = {run: numbers for run, numbers, _ in steps(path)}
     assert found.pop("batch") == [0, 1, 2]
     assert found == {first.response_metadata["ec_agents"]["run"]: [0, 1]}
+
+
+@pytest.mark.parametrize("make", [graph, chat_model])
+async def test_what_is_bound_to_the_model_hears_of_every_candidate(make: Any):
+    counter = UsageMetadataCallbackHandler()
+    model = EmbeddedChatModel(seed=1).with_config(callbacks=[counter])
+    agent = graph(model, (), n=3) if make is graph else CentroidChatModel(model, n=3)
+    await run(agent, ask={"messages": [("user", "Ann has 2.")]} if make is graph else "Ann has 2.")
+    once = UsageMetadataCallbackHandler()
+    await EmbeddedChatModel(seed=1).ainvoke("Ann has 2.", {"callbacks": [once]})
+    [counted], [single] = counter.usage_metadata.values(), once.usage_metadata.values()
+    assert counted["input_tokens"] == 3 * single["input_tokens"]

@@ -3,12 +3,19 @@
 from typing import Any
 
 import pytest
+from langchain.agents import create_agent
 from langchain_core.callbacks import AsyncCallbackHandler, get_usage_metadata_callback
+from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.rate_limiters import InMemoryRateLimiter
 from langchain_core.runnables import RunnableConfig, RunnableLambda
+from langchain_core.tools import tool
 
+from ec_agents.acting import acting_in_json
 from ec_agents.embedded import EmbeddedChatModel
+from ec_agents.graph import create_centroid_agent
+from ec_agents.middleware import EntropyCentroidMiddleware
 from ec_agents.models import SIGNALS_KEY, silent_model
 from ec_agents.testing import Reply, ScriptedChatModel
 
@@ -41,8 +48,7 @@ async def test_both_ways_give_the_same_message():
     unheard = await model().ainvoke(ASK)
     assert len(listener.starts) == len(listener.ends) == 1
     assert told(heard) == told(unheard)
-    assert heard.id is not None
-    assert unheard.id is None  # LangChain names runs that somebody hears of
+    assert all(str(message.id).startswith("lc_run--") for message in (heard, unheard))
     assert SIGNALS_KEY in unheard.response_metadata
 
 
@@ -89,3 +95,88 @@ async def test_content_in_parts_is_prepared_by_langchain():
     image = {"type": "image", "base64": "AA==", "mime_type": "image/png"}
     parts: Any = [{"type": "text", "text": "what is it?"}, image]
     assert (await model().ainvoke([HumanMessage(content=parts)])).content == "four tokens"
+
+
+class Own(BaseChatModel):
+    """A model of the user's own: it shows what it is given."""
+
+    @property
+    def _llm_type(self) -> str:
+        return "own"
+
+    def _generate(self, messages: Any, stop: Any = None, run_manager: Any = None, **kwargs: Any) -> ChatResult:
+        found = [ChatGeneration(message=AIMessage(text), generation_info={"finish_reason": "stop"}) for text in "ab"]
+        return ChatResult(generations=found, llm_output={"token_usage": 2})
+
+
+class OwnAinvoke(Own):
+    async def ainvoke(self, *args: Any, **kwargs: Any) -> Any:
+        return (await super().ainvoke(*args, **kwargs)).model_copy(update={"content": "own"})
+
+
+class OwnAgenerate(Own):
+    async def agenerate(self, *args: Any, **kwargs: Any) -> Any:
+        result = await super().agenerate(*args, **kwargs)
+        result.generations[0][0].message.content = "own"  # type: ignore[union-attr]
+        return result
+
+
+class NeedsManager(Own):
+    async def _agenerate(self, messages: Any, stop: Any, run_manager: Any, **kwargs: Any) -> ChatResult:  # type: ignore[override]
+        await run_manager.on_llm_new_token("a")
+        return self._generate(messages, stop, **kwargs)
+
+
+class TakesNoManager(Own):
+    async def _agenerate(self, messages: Any, stop: Any = None, **kwargs: Any) -> ChatResult:  # type: ignore[override]
+        return ChatResult(generations=[ChatGeneration(message=AIMessage(str(sorted(kwargs))))])
+
+
+class Asks(Own):
+    """A model that asks another one."""
+
+    def _generate(self, messages: Any, stop: Any = None, run_manager: Any = None, **kwargs: Any) -> ChatResult:
+        message = EmbeddedChatModel(seed=1).invoke(messages, **kwargs)
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    async def _agenerate(self, messages: Any, stop: Any = None, run_manager: Any = None, **kwargs: Any) -> ChatResult:
+        message = await EmbeddedChatModel(seed=1).ainvoke(messages, **kwargs)
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+@pytest.mark.parametrize("kind", [Own, OwnAinvoke, OwnAgenerate, NeedsManager, TakesNoManager])
+@pytest.mark.parametrize("prepare", [lambda silent: silent, acting_in_json])
+async def test_models_of_ones_own_answer_alike_both_ways(kind: Any, prepare: Any):
+    silent = prepare(silent_model(kind())[0])
+    unheard = await silent.ainvoke(ASK)
+    heard = await silent.ainvoke(ASK, {"callbacks": [Listener()]})
+    assert told(heard) == told(unheard)
+    assert unheard.content == {Own: "a", NeedsManager: "a", TakesNoManager: "[]"}.get(kind, "own")
+
+
+@pytest.mark.parametrize("way", ["stream", "astream"])
+@pytest.mark.parametrize("make", ["graph", "middleware"])
+async def test_the_stream_is_hidden_from_a_model_that_the_model_asks(make: str, way: str):
+    if make == "graph":
+        agent: Any = create_centroid_agent(Asks(), n=3)
+    else:
+        agent = create_agent(Asks(), middleware=[EntropyCentroidMiddleware(n=3)])
+    ask = {"messages": ASK}
+    if way == "stream":
+        shown = [message for message, _ in agent.stream(ask, stream_mode="messages")]
+    else:
+        shown = [message async for message, _ in agent.astream(ask, stream_mode="messages")]
+    assert len({message.id for message in shown}) == len(shown) == 1
+
+
+def test_a_tool_that_changes_is_bound_again():
+    @tool
+    def add(a: int) -> int:
+        """Old."""
+        return a
+
+    silent = model()
+    first = silent.bind_tools([add])
+    assert silent.bind_tools([add]) is first
+    add.description = "New."
+    assert silent.bind_tools([add]).kwargs["tools"][0]["function"]["description"] == "New."
