@@ -191,6 +191,7 @@ class AgentRun:
             failures={i: describe_failure(failure) for i, failure in drawn.failures.items()},
             selection=Selection.from_builtins(decision),
             seconds=packed.get("seconds"),
+            info={"spent": dict(drawn.spent)} if drawn.spent else {},
         )
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,12 +106,12 @@ class UnitRunner:
         given = {"n": n, "selector": self.selectors[arm], "task": task, "seed": start.seed, "trace": self.trace}
         start, run = await self._begun(start, task, make(self.factory, **given), under_way)
         records_itself = "trace" in inspect.signature(self.factory).parameters
-        usages = [usage(step.candidates) for step in run.taken]
+        usages = [usage(step) for step in run.taken]
         if run.taken and not records_itself:
             self.trace.write(run.taken[-1])  # it may have been cut off before; what is recorded twice counts once
         try:
             async for step in run.steps():
-                usages.append(usage(step.candidates))
+                usages.append(usage(step))
                 if not records_itself:
                     self.trace.write(step)
         except GraphRecursionError:  # the agent's own failure
@@ -140,7 +140,7 @@ class UnitRunner:
 async def graded(check: Checker, start: Outcome, task: EvalTask, step: Step) -> Outcome:
     """The outcome of every candidate of a step."""
     right = {c.index: await is_right(check, task, c.content, c.tool_calls) for c in step.candidates}
-    return msgspec.structs.replace(start, right=right, usage=usage(step.candidates))
+    return msgspec.structs.replace(start, right=right, usage=usage(step))
 
 
 async def is_right(check: Checker, task: EvalTask, text: str, calls: Any) -> bool:
@@ -149,6 +149,6 @@ async def is_right(check: Checker, task: EvalTask, text: str, calls: Any) -> boo
     return bool(await verdict if inspect.isawaitable(verdict) else verdict)
 
 
-def usage(candidates: Iterable[Candidate]) -> dict[str, int]:
-    """Tokens of the candidates together."""
-    return added(*(candidate.usage or {} for candidate in candidates))
+def usage(step: Step) -> dict[str, int]:
+    """Tokens of the candidates together, with those that were asked for in vain before."""
+    return added(*(candidate.usage or {} for candidate in step.candidates), step.info.get("spent", {}))

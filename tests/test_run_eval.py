@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 
+from ec_agents.candidates import Candidate, Step
 from ec_agents.cli import main
 from ec_agents.embedded import make_tasks
 from ec_agents.errors import ConfigError, SamplingError
 from ec_agents.eval_agents import embedded_agent, embedded_model, seed_of
 from ec_agents.eval_store import OUTCOMES, SETTINGS, TRACE, Outcome, read_outcome_lines, write_outcome
 from ec_agents.eval_tasks import EvalTask, check_embedded, check_exact, check_math, checker, read_tasks
+from ec_agents.eval_units import usage
 from ec_agents.graph import create_centroid_agent
 from ec_agents.results import load_evaluation
 from ec_agents.run_eval import ERRORS_IN_A_ROW, EvalRun, EvalSettings, Progress
@@ -340,6 +342,11 @@ async def test_the_embedded_agent_plays(tmp_path: Path):
     assert outcome.error is None
     assert isinstance(outcome.right, bool)
     assert outcome.usage["output_tokens"] > 0
+
+
+def test_tokens_of_candidates_that_were_asked_for_in_vain_count():
+    drawn = [Candidate(index=0, usage={"output_tokens": 3}), Candidate(index=1)]
+    assert usage(Step(run="r", candidates=drawn, info={"spent": {"output_tokens": 4}})) == {"output_tokens": 7}
 
 
 def test_seeds_differ_and_repeat():
