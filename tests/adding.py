@@ -1,7 +1,9 @@
 """What tests of agents share: an agent that is asked to add, and the script of its model."""
 
+from collections.abc import Callable
 from typing import Any
 
+from langchain.agents.middleware import AgentMiddleware
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
 
@@ -38,3 +40,26 @@ def two_steps() -> list[Reply]:
 def record(message: AIMessage) -> dict[str, Any]:
     """The evidence of the step that gave the message."""
     return message.response_metadata["ec_agents"]
+
+
+class Dying(AgentMiddleware[Any, Any, Any]):
+    """Fails the step once, after its candidates are drawn, as a crash would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures = 1
+
+    def wrap_model_call(self, request: Any, handler: Callable[[Any], Any]) -> Any:
+        response = handler(request)
+        self._fail()
+        return response
+
+    async def awrap_model_call(self, request: Any, handler: Callable[[Any], Any]) -> Any:
+        response = await handler(request)
+        self._fail()
+        return response
+
+    def _fail(self) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("crash")

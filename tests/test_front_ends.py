@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adding import Dying
 from langchain.agents import create_agent
-from langchain.agents.middleware import AgentMiddleware
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.callbacks import UsageMetadataCallbackHandler
 from langchain_core.messages import AIMessage
@@ -305,27 +305,6 @@ async def test_the_chat_models_structured_output_in_json():
 
 
 # A step that is run again
-
-
-class Dying(AgentMiddleware[Any, Any, Any]):
-    """Fails the step once, after its candidates are drawn, as a crash would."""
-
-    failures = 1
-
-    def wrap_model_call(self, request: Any, handler: Callable[[Any], Any]) -> Any:
-        response = handler(request)
-        self._fail()
-        return response
-
-    async def awrap_model_call(self, request: Any, handler: Callable[[Any], Any]) -> Any:
-        response = await handler(request)
-        self._fail()
-        return response
-
-    def _fail(self) -> None:
-        if self.failures:
-            self.failures -= 1
-            raise RuntimeError("crash")
 
 
 @WAYS

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adding import ASK, EARLY, LATE, THREAD, add, call_add, record, two_steps
+from adding import ASK, EARLY, LATE, THREAD, Dying, add, call_add, record, two_steps
 from langchain.agents import create_agent
 from langchain.agents.middleware import (
     AgentMiddleware,
@@ -418,29 +418,6 @@ def test_one_process_may_serve_many_runs():
 
 
 # Durability
-
-
-class Dying(AgentMiddleware[Any, Any, Any]):
-    """Fails the step once, after its candidates are drawn, as a crash would."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.failures = 1
-
-    def wrap_model_call(self, request: Any, handler: Callable[[Any], Any]) -> Any:
-        response = handler(request)
-        self._fail()
-        return response
-
-    async def awrap_model_call(self, request: Any, handler: Callable[[Any], Any]) -> Any:
-        response = await handler(request)
-        self._fail()
-        return response
-
-    def _fail(self) -> None:
-        if self.failures:
-            self.failures -= 1
-            raise RuntimeError("crash")
 
 
 @pytest.mark.parametrize("way", ["invoke", "ainvoke"])
