@@ -8,7 +8,8 @@ from langchain_core.runnables import RunnableBinding
 from openai.resources.chat import AsyncCompletions, Completions
 from openai.types.chat import ChatCompletion, ParsedChatCompletion
 
-from ec_agents.transport import ClientPerLoop, async_http_client, decoded
+from ec_agents.bodies import async_http_client, decoded
+from ec_agents.transport import ClientPerLoop
 from ec_agents.wire import decode_response
 
 

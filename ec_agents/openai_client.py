@@ -19,9 +19,10 @@ from langchain_core.runnables import Runnable
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
 
+from ec_agents.bodies import async_http_client
 from ec_agents.chunks import OneChunkModel
 from ec_agents.providers import capabilities, provider_of
-from ec_agents.transport import Answer, ClientPerLoop, Transport, async_http_client
+from ec_agents.transport import Answer, ClientPerLoop, Transport
 from ec_agents.wire import choice_message, wire_messages
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"

@@ -1,29 +1,23 @@
 """How requests travel: through the OpenAI SDK, one choice to each or several, with the bodies decoded here."""
 
 import asyncio
-import os
 import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, field
-from functools import cache
-from io import BytesIO
 from typing import Any, NamedTuple
 
 import msgspec
 import openai
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
+from ec_agents.bodies import decoded
 from ec_agents.errors import ConfigError
 from ec_agents.logprobs import packed_length
 from ec_agents.wire import decode_response, split_usage
 
-LARGE_BODY = 1 << 20
-"""Bytes; larger bodies are decoded in a thread, so that the event loop goes on."""
-PIECE = 1 << 20
-"""Bytes of a body that are taken from the connection at once, if so many have arrived."""
 GATHERING = 0.002
 """Seconds for which equal calls are collected into one request."""
 MOST_THREADS = 32
@@ -201,68 +195,6 @@ class Transport:
                 slot.set_exception(failure)
             elif not slot.done():
                 slot.set_result(answers[number] if number < len(answers) else None)
-
-
-async def decoded(body: bytes, n: int = 1) -> dict[str, Any]:
-    """``decode_response``, without holding up the loop for long."""
-    if len(body) <= LARGE_BODY:
-        return decode_response(body, n)
-    return await asyncio.get_running_loop().run_in_executor(_decoder(), decode_response, body, n)
-
-
-@cache
-def _decoder() -> ThreadPoolExecutor:
-    """One thread: several would take the interpreter from the loop in turn."""
-    return ThreadPoolExecutor(1, "ec_agents-decode")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_decoder.cache_clear)  # a forked child has the executor but not its thread
-
-
-def async_http_client() -> Any:
-    """An HTTP client on aiohttp if that is installed, otherwise the SDK's own."""
-    try:
-        client = openai.DefaultAioHttpClient()
-    except RuntimeError:
-        return openai.DefaultAsyncHttpxClient()
-    transport: Any = getattr(client, "_transport", None)
-    if transport is not None:
-        transport.handle_async_request = _in_one_piece(transport.handle_async_request)
-    return client
-
-
-def _in_one_piece(send: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
-    async def handle(request: Any) -> Any:
-        response = await send(request)
-        stream: Any = response.stream
-        if int(response.headers.get("content-length", 0)) > LARGE_BODY:
-            stream.__class__ = _whole(stream.__class__)
-        else:
-            stream.CHUNK_SIZE = PIECE
-        return response
-
-    return handle
-
-
-@cache
-def _whole(stream: Any) -> Any:
-    """The class of streams that give a body in one piece, so that nobody has to put it together once more.
-
-    Until then it is taken as it arrives; in pieces of 16 kB, the default, it would cost about a fifth more CPU.
-    """
-
-    class Whole(stream):
-        CHUNK_SIZE = PIECE
-
-        async def __aiter__(self) -> AsyncIterator[bytes]:
-            body = BytesIO()
-            parent: Any = super()
-            async for piece in parent.__aiter__():
-                body.write(piece)
-            yield body.getvalue()
-
-    return Whole
 
 
 def _asking(payload: Payload, n: int) -> dict[str, Any]:

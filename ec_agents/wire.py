@@ -6,7 +6,7 @@ is always what ``token_signals`` makes of the same body.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast, overload
 
 import msgspec
@@ -81,6 +81,7 @@ _DECODER = msgspec.json.Decoder(_Response)
 _SEVERAL_DECODER = msgspec.json.Decoder(_Several)
 _CHOICE_DECODER = msgspec.json.Decoder(_Choice)
 _RAW_DECODER = msgspec.json.Decoder(_RawResponse)
+_RAW_CHOICE_DECODER = msgspec.json.Decoder(_RawChoice)
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _KEPT = _Head.__struct_fields__
 
@@ -88,8 +89,8 @@ _KEPT = _Head.__struct_fields__
 class _Entries(Sequence[Any]):
     """The tokens of a choice as they came, each decoded when it is asked for."""
 
-    def __init__(self, body: bytes, number: int) -> None:
-        logprobs = _RAW_DECODER.decode(body).choices[number].logprobs or _RawLogprobs()
+    def __init__(self, choice: _RawChoice) -> None:
+        logprobs = choice.logprobs or _RawLogprobs()
         self._raw = logprobs.content or logprobs.refusal or []
 
     def __len__(self) -> int:
@@ -121,8 +122,7 @@ def decode_response(body: bytes, n: int = 1) -> dict[str, Any]:
         LogprobsMalformed: The body is no chat completion with at least one choice.
     """
     try:
-        head, found = _read_response(body, n)
-        choices = [_slim(choice, body, number) for number, choice in enumerate(found)]
+        head, choices = _read_one(body) if n == 1 else _read_several(body)
     except _UNREADABLE:
         return _decode_carefully(body)
     if not choices or head.error not in (UNSET, None):
@@ -131,16 +131,55 @@ def decode_response(body: bytes, n: int = 1) -> dict[str, Any]:
     return {**fields, "choices": choices}
 
 
-def _read_response(body: bytes, n: int) -> tuple[_Head, Iterable[_Choice]]:
-    if n == 1:
-        response = _DECODER.decode(body)
-        return response, response.choices
-    several = _SEVERAL_DECODER.decode(body)
-    return several, map(_CHOICE_DECODER.decode, several.choices)
+def _read_one(body: bytes) -> tuple[_Head, list[dict[str, Any]]]:
+    response = _DECODER.decode(body)
+    choices = enumerate(response.choices)
+    return response, [
+        _slim(c, lambda number=number: _RAW_DECODER.decode(body).choices[number]) for number, c in choices
+    ]
 
 
-def _slim(choice: _Choice, body: bytes, number: int) -> dict[str, Any]:
+def _read_several(body: bytes) -> tuple[_Head, list[dict[str, Any]]]:
+    response = _SEVERAL_DECODER.decode(body)
+    return response, [choice for text in response.choices if (choice := _choice(text)) is not None]
+
+
+def _choice(text: bytes | Raw) -> dict[str, Any] | None:
+    """The JSON of a choice as one with packed log-probabilities; None if it is none.
+
+    Raises:
+        LogprobsMalformed: It is no JSON.
+    """
+    try:
+        return _slim(_CHOICE_DECODER.decode(text), lambda: _RAW_CHOICE_DECODER.decode(text))
+    except _UNREADABLE:
+        choice = _json(bytes(text))
+        return _slim_carefully(choice) if _is_choice(choice) else None
+
+
+def pack_choice(text: bytes) -> bytes | None:
+    """The JSON of a choice with its log-probabilities packed; None if it is no choice, or not the whole of it."""
+    try:
+        choice = _choice(text)
+    except LogprobsMalformed:
+        return None
+    return None if choice is None else msgspec.json.encode(choice)
+
+
+def pack_response(body: bytes) -> bytes:
+    """A chat completion with its log-probabilities packed, or else the body as it is; both decode to the same."""
+    try:
+        return msgspec.json.encode(decode_response(body))
+    except LogprobsMalformed:
+        return body
+
+
+def _slim(choice: _Choice, raw: Callable[[], _RawChoice]) -> dict[str, Any]:
     """A choice with packed log-probabilities.
+
+    Args:
+        choice: The choice.
+        raw: Gives it with its tokens as they came.
 
     Raises:
         msgspec.DecodeError: It has log-probabilities, but not in the form of a chat completion.
@@ -151,7 +190,7 @@ def _slim(choice: _Choice, body: bytes, number: int) -> dict[str, Any]:
     tokens = choice.logprobs.content or choice.logprobs.refusal
     if not tokens:
         raise msgspec.DecodeError("no tokens")
-    return {**fields, "logprobs": pack_logprobs(lambda: measured(_read(tokens), lambda: _Entries(body, number)))}
+    return {**fields, "logprobs": pack_logprobs(lambda: measured(_read(tokens), lambda: _Entries(raw())))}
 
 
 def _read(tokens: list[_Token]) -> Read:

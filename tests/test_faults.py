@@ -18,6 +18,7 @@ from typing import Any
 import openai
 import pytest
 
+from ec_agents.bodies import LARGE_BODY
 from ec_agents.errors import EcAgentsError, LogprobsMalformed, LogprobsMissing, SamplingError
 from ec_agents.graph import create_centroid_agent
 from ec_agents.messages import decision_record, message_candidate
@@ -27,7 +28,6 @@ from ec_agents.scoring import centroids
 from ec_agents.selection import Selector
 from ec_agents.testing import FAULTS, Fault, FaultServer, Reply
 from ec_agents.testing.faults import inflated
-from ec_agents.transport import LARGE_BODY
 
 FAILURES: Mapping[str, type[BaseException]] = {
     "hang": TimeoutError,

@@ -20,6 +20,7 @@ from langchain_openai import ChatOpenAI
 from openai.resources.chat import AsyncCompletions, Completions
 from pydantic import BaseModel
 
+from ec_agents.bodies import LARGE_BODY, PIECE, async_http_client
 from ec_agents.chat_openai import fast_logprobs
 from ec_agents.errors import ConfigError, LogprobsError, LogprobsMalformed, LogprobsMissing
 from ec_agents.graph import create_centroid_agent
@@ -28,7 +29,6 @@ from ec_agents.messages import message_candidate
 from ec_agents.openai_client import OpenAIChatModel
 from ec_agents.sampling import sample
 from ec_agents.testing import Fault, FaultServer, Reply, ScriptedChatModel, profile_logprobs
-from ec_agents.transport import LARGE_BODY, PIECE, async_http_client
 from ec_agents.wire import choice_message, decode_response, split_usage, wire_messages
 
 # pyright: reportArgumentType=false

@@ -73,7 +73,8 @@ async def serve(n_tokens: int, latency: float) -> None:
 
     async def chat(request: web.Request) -> web.Response:
         n = (await request.json()).get("n") or 1
-        bodies.setdefault(n, body(n_tokens, n))
+        if n not in bodies:
+            bodies[n] = body(n_tokens, n)
         await asyncio.sleep(latency)
         return web.Response(body=bodies[n], content_type="application/json")
 
