@@ -21,7 +21,7 @@ LARGE_BODY = 1 << 20
 """Bytes; larger texts are decoded in a thread, so that the event loop goes on."""
 SMALL_BODY = 1 << 16
 """Bytes; what a connection takes in before its turn, and the largest body that waits for none."""
-PIECE = 1 << 20
+PIECE = 1 << 19
 """Bytes of a body that are taken from the connection at once, if so many have arrived."""
 AT_ONCE = 4
 """Bodies that are read at the same time."""

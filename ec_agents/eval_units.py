@@ -9,11 +9,12 @@ from typing import Any
 from uuid import uuid4
 
 import msgspec
+from langchain_core.exceptions import ContextOverflowError
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.errors import GraphRecursionError
 
 from ec_agents.candidates import Candidate, CandidateSet, Step
-from ec_agents.errors import ConfigError
+from ec_agents.errors import ConfigError, SamplingError
 from ec_agents.eval_agents import AgentRun, Factory, added, answer_of, asker, make, seed_of, token_text, usage_of
 from ec_agents.eval_store import EvalSettings, Outcome, UnderWay, Unit
 from ec_agents.eval_tasks import Checker, EvalTask
@@ -114,7 +115,11 @@ class UnitRunner:
                 usages.append(usage(step))
                 if not records_itself:
                     self.trace.write(step)
-        except GraphRecursionError:  # the agent's own failure
+        except (GraphRecursionError, ContextOverflowError):  # the agent's own failure
+            right = False
+        except SamplingError as error:
+            if not all(isinstance(failure, ContextOverflowError) for failure in error.failures.values()):
+                raise
             right = False
         else:
             right = await is_right(self.check, task, *answer_of(run.state))

@@ -19,7 +19,7 @@ from langchain_core.callbacks import (
     Callbacks,
 )
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.outputs import ChatResult, LLMResult
 from langchain_core.runnables import RunnableBinding, RunnableConfig
 from langchain_core.runnables.config import ensure_config, var_child_runnable_config
@@ -109,11 +109,12 @@ class _Quick(_Silent):
     async def ainvoke(self, input: Any, config: Any = None, *, stop: Any = None, **kwargs: Any) -> AIMessage:  # noqa: A002
         """The answer, past LangChain's callbacks where nobody listens: they cost more than all that is done here."""
         model, parent = cast("Any", self), cast("Any", super())
-        is_ordinary = model.rate_limiter is None and model.output_version in (None, "v0") and _is_plain(input)
-        if not is_ordinary or _FOR_LANGCHAIN & kwargs.keys() or _is_heard(model, config):
+        is_ordinary = model.rate_limiter is None and model.output_version in (None, "v0")
+        messages = _plain(input)
+        if not is_ordinary or messages is None or _FOR_LANGCHAIN & kwargs.keys() or _is_heard(model, config):
             return await parent.ainvoke(input, config, stop=stop, **kwargs)
         nobody = AsyncCallbackManagerForLLMRun.get_noop_manager()  # LangChain always gives one
-        answering = model._agenerate(input, stop=stop, run_manager=nobody, **kwargs)  # noqa: SLF001 - this model's own
+        answering = model._agenerate(messages, stop=stop, run_manager=nobody, **kwargs)  # noqa: SLF001 - this model's own
         result: ChatResult = await answering
         generation = result.generations[0]
         message = cast("AIMessage", generation.message)
@@ -196,12 +197,14 @@ def _streams_hidden() -> Generator[None]:
         var_child_runnable_config.reset(token)
 
 
-def _is_plain(messages: object) -> bool:
-    """Whether a model can take the input as it is: messages, all of text."""
-    return isinstance(messages, list) and all(
+def _plain(question: object) -> list[BaseMessage] | None:
+    """The question as messages, all of text, as every model can take them; None if it is something else."""
+    messages = [HumanMessage(question)] if isinstance(question, str) else question
+    is_plain = isinstance(messages, list) and all(
         isinstance(message, BaseMessage) and isinstance(message.content, str)
         for message in cast("list[object]", messages)
     )
+    return cast("list[BaseMessage]", messages) if is_plain else None
 
 
 @contextmanager

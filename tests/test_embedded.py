@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import BaseTool
@@ -230,10 +231,20 @@ def test_greedy_takes_the_likeliest_token_at_each_step(engine: Engine):
     assert first.tokens == second.tokens == first.top_ids[:, 0].tolist()
 
 
-@pytest.mark.parametrize("length", [0, CONTEXT, 600])
+def test_a_conversation_that_is_too_long_is_refused_as_other_models_do():
+    with pytest.raises(ContextOverflowError, match="has 602 tokens, and 511 fit"):
+        EmbeddedChatModel().invoke([HumanMessage("x" * 600)])
+
+
+@pytest.mark.parametrize("length", [CONTEXT, 600])
 def test_prompts_that_leave_no_room_are_refused(engine: Engine, length: int):
-    with pytest.raises(ConfigError, match=f"has {length} tokens, and 1 to 511 fit"):
+    with pytest.raises(ContextOverflowError, match=f"has {length} tokens, and 511 fit"):
         engine.submit(Request(prompt=(65,) * length, seed=0))
+
+
+def test_an_empty_prompt_is_refused(engine: Engine):
+    with pytest.raises(ConfigError, match="the prompt is empty"):
+        engine.submit(Request(prompt=(), seed=0))
 
 
 class Stubborn(Transformer):
@@ -539,7 +550,6 @@ def test_messages_become_the_turns_of_training(engine: Engine):
         ([HumanMessage([{"type": "image_url", "image_url": {"url": "x"}}])], "content of type image_url"),
         ([ChatMessage(content="hi", role="critic")], "a chat message is found"),
         ([SystemMessage("hi")], "no message is left"),
-        ([HumanMessage("x" * 600)], "has 602 tokens, and 1 to 511 fit"),
     ],
 )
 @pytest.mark.usefixtures("engine")

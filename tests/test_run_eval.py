@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain_core.exceptions import ContextOverflowError
 
 from ec_agents.candidates import Candidate, Step
 from ec_agents.cli import main
@@ -166,7 +167,9 @@ async def test_whole_runs_of_an_agent_are_graded_for_each_selector(tmp_path: Pat
     assert found.row("centroid").tokens == 40
 
 
-async def test_an_agent_that_does_not_end_is_wrong_and_one_that_cannot_be_reached_is_an_error(tmp_path: Path):
+async def test_an_agent_that_does_not_end_is_wrong_and_one_that_cannot_be_reached_is_an_error(
+    tmp_path: Path,
+):
     def calc(expression: str) -> str:
         """Calculate."""
         return "again"
@@ -174,13 +177,16 @@ async def test_an_agent_that_does_not_end_is_wrong_and_one_that_cannot_be_reache
     def factory(*, n: int, selector: Selector, task: EvalTask) -> Any:
         reply = Reply(tool_calls=[("calc", {"expression": "1"})])
         failing = Reply(error=ConnectionError("no route"))
-        model = ScriptedChatModel(replies=[failing if task.id == "t0" else reply] * 50)
+        too_long = Reply(error=ContextOverflowError("513 tokens, and 512 fit"))
+        replies = {"t0": [failing] * 50, "t1": [reply] * 50, "t2": [reply] * 2 + [too_long] * 50}
+        model = ScriptedChatModel(replies=replies[task.id])
         return create_centroid_agent(model, [calc], n=n, selector=selector, recursion_limit=8)
 
-    run = an_evaluation(tmp_path, factory, count=2, selectors={"centroid": SELECTORS["centroid"]})
+    run = an_evaluation(tmp_path, factory, count=3, selectors={"centroid": SELECTORS["centroid"]})
     await run.run()
     outcomes = {outcome.task: outcome for _, outcome in read_outcome_lines(tmp_path)}
-    assert (outcomes["t1"].right, outcomes["t1"].error) == (False, None)
+    for task in ("t1", "t2"):
+        assert (outcomes[task].right, outcomes[task].error) == (False, None)
     assert outcomes["t0"].right is None
     assert outcomes["t0"].error is not None
     assert outcomes["t0"].error.startswith("SamplingError: 0 of 2 calls succeeded")

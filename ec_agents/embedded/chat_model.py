@@ -67,8 +67,8 @@ class EmbeddedChatModel(BaseChatModel):
     ``response_metadata["logprobs"]["content"]`` in OpenAI's form, for all tokens: thought, tool call and end included.
 
     Raises:
-        ConfigError: A field is out of range; or, on a call, a message, an argument or the length of the prompt is more
-            than the model can handle.
+        ConfigError: A field is out of range; or, on a call, a message or an argument is more than the model can handle.
+        ContextOverflowError: On a call: the prompt leaves no room for a response.
 
     Example:
         >>> from ec_agents.embedded import EmbeddedChatModel, make_tasks

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+from langchain_core.exceptions import ContextOverflowError
 from numpy.typing import NDArray
 
 from ec_agents.embedded import vocabulary as v
@@ -150,13 +151,16 @@ class Engine:
             A future of its n responses, in row order. Cancelling it stops their generation at the next step.
 
         Raises:
-            ConfigError: The prompt leaves no room in the context.
+            ConfigError: The prompt is empty.
+            ContextOverflowError: It leaves no room in the context.
         """
         length = len(request.prompt)
-        if not 0 < length < CONTEXT:
-            raise ConfigError(
-                f"the prompt has {length} tokens, and 1 to {CONTEXT - 1} fit into the context of {CONTEXT}, with room "
-                "for a response: shorten the conversation"
+        if not length:
+            raise ConfigError("the prompt is empty, and at least one token is needed")
+        if length >= CONTEXT:
+            raise ContextOverflowError(
+                f"the prompt has {length} tokens, and {CONTEXT - 1} fit into the context of {CONTEXT}, with room for "
+                "a response: shorten the conversation"
             )
         job = _Job(request)
         rows = [_Row(job, i, np.random.default_rng((request.seed, i))) for i in range(request.n)]
