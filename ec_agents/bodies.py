@@ -9,6 +9,7 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext, suppress
+from contextvars import Context
 from functools import cache
 from io import BytesIO
 from typing import Any, TypeVar
@@ -109,7 +110,7 @@ class Packing:
 class Turns:
     """Lets few bodies at a time be read; one that is still not there after ``patience`` seconds no longer counts."""
 
-    def __init__(self, at_once: int = AT_ONCE, patience: float = PATIENCE) -> None:
+    def __init__(self, at_once: int, patience: float) -> None:
         self._free = asyncio.Semaphore(at_once)
         self._patience = patience
 
@@ -147,14 +148,25 @@ def async_http_client() -> Any:
 
 
 def _session(transport: Any) -> Any:
-    """The session that the SDK's transport would make, but connections take in little before a body has its turn."""
+    """The session that the SDK's transport would make, but with connections of our own."""
     import aiohttp  # noqa: PLC0415 - of the extra "fast"
 
     class Connector(aiohttp.TCPConnector):
+        """Its connections take in little of a body before its turn, and keep no context.
+
+        A connection outlives the run that opened it, and would keep all that the run had in its context.
+        """
+
         async def connect(self, *args: Any, **kwargs: Any) -> aiohttp.connector.Connection:
             connection = await super().connect(*args, **kwargs)
             _take(connection, SMALL_BODY)
             return connection
+
+        async def _create_connection(self, *args: Any, **kwargs: Any) -> Any:
+            return await asyncio.create_task(super()._create_connection(*args, **kwargs), context=Context())
+
+        def _release(self, *args: Any, **kwargs: Any) -> None:
+            Context().run(super()._release, *args, **kwargs)  # it sets a timer
 
     limits = transport.limits
     connector = Connector(
@@ -170,7 +182,7 @@ def _take(connection: Any, size: int) -> None:
 
 
 def _in_turns(send: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
-    turns = Turns()
+    turns = Turns(AT_ONCE, PATIENCE)
 
     async def handle(request: Any) -> Any:
         response = await send(request)

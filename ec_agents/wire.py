@@ -83,6 +83,8 @@ _CHOICE_DECODER = msgspec.json.Decoder(_Choice)
 _RAW_DECODER = msgspec.json.Decoder(_RawResponse)
 _RAW_CHOICE_DECODER = msgspec.json.Decoder(_RawChoice)
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_UNPACKABLE = (LogprobsMalformed, UnicodeEncodeError)
+"""What is raised where there is nothing to pack, or text that JSON can hold only escaped: half a surrogate pair."""
 _KEPT = _Head.__struct_fields__
 
 
@@ -161,16 +163,16 @@ def pack_choice(text: bytes) -> bytes | None:
     """The JSON of a choice with its log-probabilities packed; None if it is no choice, or not the whole of it."""
     try:
         choice = _choice(text)
-    except LogprobsMalformed:
+        return None if choice is None else msgspec.json.encode(choice)
+    except _UNPACKABLE:
         return None
-    return None if choice is None else msgspec.json.encode(choice)
 
 
 def pack_response(body: bytes) -> bytes:
     """A chat completion with its log-probabilities packed, or else the body as it is; both decode to the same."""
     try:
         return msgspec.json.encode(decode_response(body))
-    except LogprobsMalformed:
+    except _UNPACKABLE:
         return body
 
 

@@ -29,8 +29,10 @@ from ec_agents.selection import Selector
 from ec_agents.testing import FAULTS, Fault, FaultServer, Reply
 from ec_agents.testing.faults import inflated
 
+UNENDING = ("hang", "stall")
 FAILURES: Mapping[str, type[BaseException]] = {
     "hang": TimeoutError,
+    "stall": TimeoutError,
     "status_429": openai.RateLimitError,
     "retry_after": openai.RateLimitError,
     "status_500": openai.InternalServerError,
@@ -129,7 +131,7 @@ def fault(name: str, n: int = 0) -> Fault:
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_step_on_a_faulty_server(name: str, run: Run):
     faults = {n: [fault(name, n), None, None, None] for n in (1, 8, 64)}
-    outcomes = steps(run, faults, 3.0 if name == "hang" else 30.0)
+    outcomes = steps(run, faults, 3.0 if name in UNENDING else 30.0)
     check_alone(name, run, outcomes[1])
     for n in (8, 64):
         check_among_sound_ones(name, n, outcomes[n])
@@ -166,7 +168,7 @@ def check_among_sound_ones(name: str, n: int, outcome: Any) -> None:
 @pytest.mark.parametrize("run", [plain, graph])
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_step_on_which_every_call_meets_the_fault(name: str, run: Run):
-    outcome = steps(run, {2: [fault(name)]}, 0.4 if name == "hang" else 30.0)[2]
+    outcome = steps(run, {2: [fault(name)]}, 0.4 if name in UNENDING else 30.0)[2]
     if name in FAILURES:
         assert isinstance(outcome, SamplingError)
         assert {type(failure) for failure in outcome.failures.values()} == {FAILURES[name]}
@@ -181,15 +183,16 @@ def test_a_step_on_which_every_call_meets_the_fault(name: str, run: Run):
 
 @pytest.mark.parametrize("run", [plain, graph])
 def test_many_faults_at_once(run: Run):
-    names = [name for name in FAULTS if name != "hang"]
+    names = [name for name in FAULTS if name not in UNENDING]
     outcome = steps(run, {len(names): [fault(name) for name in names]}, 30.0)[len(names)]
-    assert len(outcome["failures"]) == len(FAILURES) - 1
+    assert len(outcome["failures"]) == len(FAILURES) - len(UNENDING)
     assert len(outcome["flaws"]) == len(FLAWS)
     assert str(outcome["chosen"]) not in {*outcome["failures"], *outcome["flaws"]}
 
 
 @pytest.mark.parametrize("run", [plain, graph])
-def test_cancelling_a_step_closes_every_connection(run: Run):
+@pytest.mark.parametrize("name", UNENDING)
+def test_cancelling_a_step_closes_every_connection(name: str, run: Run):
     async def cancelled(server: FaultServer) -> None:
         task = asyncio.create_task(run(model_of(server), 8, math.inf))
         while server.in_flight < 8:  # noqa: ASYNC110 - the server runs in another thread
@@ -198,7 +201,7 @@ def test_cancelling_a_step_closes_every_connection(run: Run):
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    with FaultServer(faults=["hang"]) as server:
+    with FaultServer(faults=[name]) as server:
         asyncio.run(asyncio.wait_for(cancelled(server), 10))
         settle(lambda: server.abandoned == 8 and server.connections == 0)
 

@@ -20,7 +20,6 @@ from langchain_openai import ChatOpenAI
 from openai.resources.chat import AsyncCompletions, Completions
 from pydantic import BaseModel
 
-from ec_agents.bodies import LARGE_BODY, PIECE, async_http_client
 from ec_agents.chat_openai import fast_logprobs
 from ec_agents.errors import ConfigError, LogprobsError, LogprobsMalformed, LogprobsMissing
 from ec_agents.graph import create_centroid_agent
@@ -703,37 +702,6 @@ def test_what_it_relies_on_in_langchain_openai_is_there(server: FaultServer):
 @pytest.mark.parametrize("model", [ScriptedChatModel(), object(), None])
 def test_what_is_not_recognised_comes_back_as_it_is(model: Any):
     assert fast_logprobs(model) is model
-
-
-async def taken(size: int) -> tuple[Any, list[bytes]]:
-    """The stream of a body of so many bytes, and the pieces that it gives."""
-    padded = Fault(about="padded", body=lambda sound: sound.ljust(size))
-    with FaultServer(faults=[padded]) as server:
-        async with async_http_client() as http:
-            request = http.build_request("POST", f"{server.base_url}/chat/completions", json={"messages": []})
-            answer = await http._transport.handle_async_request(request)
-            pieces = [piece async for piece in answer.stream]
-            await answer.aclose()
-            return answer.stream, pieces
-
-
-async def test_bodies_are_taken_from_aiohttp_in_large_pieces():
-    stream, pieces = await taken(LARGE_BODY)
-    assert type(stream).CHUNK_SIZE < stream.CHUNK_SIZE == PIECE  # what it relies on in the SDK
-    assert sum(map(len, pieces)) == LARGE_BODY
-
-
-async def test_large_bodies_are_given_in_one_piece():
-    _, pieces = await taken(20 * LARGE_BODY)
-    assert [len(piece) for piece in pieces] == [20 * LARGE_BODY]
-
-
-async def test_a_large_body_that_breaks_off_is_a_lost_connection_and_asked_for_again():
-    breaks_off = Fault(about="it ends in the middle", body=lambda sound: sound.ljust(2 * LARGE_BODY), sent=0.7)
-    with FaultServer([Reply(content="hello")], faults=[breaks_off, breaks_off, None]) as server:
-        with pytest.raises(openai.APIConnectionError):
-            await client(server).ainvoke("hi")
-        assert (await client(server, max_retries=1).ainvoke("hi")).content == "hello"
 
 
 async def test_without_aiohttp_the_client_is_that_of_the_sdk(server: FaultServer, monkeypatch: pytest.MonkeyPatch):

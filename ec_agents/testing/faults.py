@@ -37,6 +37,8 @@ class Fault:
     """Changes the bytes of the body."""
     sent: float = 1.0
     """Share of the body that is sent before the connection breaks off."""
+    stalls: bool = False
+    """Whether it stays open instead, with nothing more to come."""
 
     def spoil(self, response: Any) -> bytes:
         """The body that is sent in place of a response; the response stays as it is."""
@@ -127,6 +129,7 @@ FAULTS: Mapping[str, Fault] = MappingProxyType(
         "status_500": Fault(about="internal error", status=500),
         "status_503": Fault(about="overloaded", status=503),
         "disconnect": Fault(about="the connection breaks in the middle of the body", sent=0.5),
+        "stall": Fault(about="the body stops in the middle, and the connection stays open", sent=0.5, stalls=True),
         "truncated_json": Fault(about="the body ends in the middle", body=lambda body: body[: len(body) // 2]),
         "html_page": Fault(about="a page instead of JSON", content_type="text/html", body=lambda _: _HTML),
         "wrong_content_type": Fault(about="JSON that is said to be text", content_type="text/plain"),

@@ -154,6 +154,8 @@ class FaultServer:
         response.content_length = len(body)
         await response.prepare(request)
         await response.write(body[: int(len(body) * fault.sent)])
+        if fault.stalls:
+            await asyncio.Event().wait()
         request.transport.close()
         return response
 
