@@ -224,12 +224,12 @@ _verdicts: dict[tuple[str, str, bool], tuple[Verdict, float]] = {}
 def verdict_on(endpoint: Endpoint, *, tools: bool) -> Verdict | None:
     """What was found about an endpoint, with or without tools, if it was looked at.
 
-    That nothing could be measured is believed for ten minutes: a proxy may have gone to another server for once. That
-    tool calls carry nothing is believed for good.
+    That something could not be measured is believed for ten minutes: a proxy may have gone to another server for once,
+    or a response was damaged.
     """
     verdict, since = _verdicts.get((endpoint.base_url, endpoint.model, tools), (None, 0.0))
-    lasting = verdict is None or verdict.usable or (tools and verdict.tool_tokens == "none")
-    return verdict if lasting or time.monotonic() - since < _BELIEVED else None
+    is_good = verdict is not None and verdict.usable and verdict.tool_tokens != "none"
+    return verdict if is_good or time.monotonic() - since < _BELIEVED else None
 
 
 def remember(endpoint: Endpoint, verdict: Verdict, *, tools: bool) -> None:

@@ -321,9 +321,9 @@ def test_that_nothing_can_be_measured_is_believed_for_a_while_only(monkeypatch: 
     assert calls is not None
     remember(where, verdict, tools=False)
     remember(where, calls, tools=True)
-    monkeypatch.setattr("ec_agents.providers._BELIEVED", 0.0)
-    assert verdict_on(where, tools=False) is None
     assert verdict_on(where, tools=True) is calls
+    monkeypatch.setattr("ec_agents.providers._BELIEVED", 0.0)
+    assert verdict_on(where, tools=False) is verdict_on(where, tools=True) is None
 
 
 def test_a_good_verdict_outweighs_the_table():
