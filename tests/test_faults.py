@@ -216,7 +216,7 @@ def test_no_memory_is_kept_after_any_fault(run: Run):
         tracemalloc.start()
         try:
             for _ in range(4):
-                # Each in a loop of its own: an open connection keeps the context in which it was opened.
+                # Each in a loop of its own, so that no connection stays open.
                 asyncio.run(outcome_of(run, model, len(faults), 0.5))
                 settle(lambda: server.connections == 0)
                 server.requests.clear()
