@@ -6,11 +6,11 @@ Otherwise N answers that come together would be N whole bodies in memory, and so
 import asyncio
 import os
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, nullcontext, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from contextvars import Context
-from functools import cache
+from functools import cache, partial
 from io import BytesIO
 from typing import Any, TypeVar
 
@@ -20,17 +20,19 @@ from ec_agents.wire import decode_response, pack_choice, pack_response
 
 LARGE_BODY = 1 << 20
 """Bytes; larger texts are decoded in a thread, so that the event loop goes on."""
-SMALL_BODY = 1 << 16
-"""Bytes; what a connection takes in before its turn, and the largest body that waits for none."""
+SMALL_BODY = 1 << 15
+"""Bytes; what of a body is read before its turn, so that smaller ones wait for none."""
 PIECE = 1 << 19
 """Bytes of a body that are taken from the connection at once, if so many have arrived."""
 AT_ONCE = 4
 """Bodies that are read at the same time."""
 PATIENCE = 0.03
-"""Seconds after which a body that still arrives no longer keeps others waiting."""
+"""Seconds for ``SMALL_BODY`` bytes; a body that is slower no longer keeps others waiting."""
 
 Decoded = TypeVar("Decoded")
 
+_OF_THE_BODY = (b"content-encoding", b"content-length", b"transfer-encoding")
+"""Headers that are no longer true of a body that was read."""
 _FIRST_CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*(\{\s*"[^"\\]*"\s*:)')
 
 
@@ -55,25 +57,52 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_decoder.cache_clear)  # a forked child has the executor but not its thread
 
 
+async def _packed(body: bytes, n: int = 1) -> bytes:
+    return body if len(body) <= LARGE_BODY else await _off_loop(lambda text: pack_response(text, n), body)
+
+
+class Joining:
+    """Takes a body piece by piece."""
+
+    def __init__(self) -> None:
+        self._taken = BytesIO()
+
+    @property
+    def size(self) -> int:
+        """Bytes that were taken."""
+        return self._taken.tell()
+
+    async def feed(self, piece: bytes) -> None:
+        """Take the next piece."""
+        self._taken.write(piece)
+
+    async def body(self) -> bytes:
+        """All that was taken, packed if it is large."""
+        return await _packed(self._taken.getvalue())
+
+
 class Packing:
     """Takes a body piece by piece, and replaces its choices by the same ones with packed log-probabilities.
 
     ``decode_response`` makes the same of the result as of the body. A choice ends where the next one begins, with the
-    same bytes as the first. What is no choice, and the last one, stays as it came.
+    same bytes as the first. What is no choice, and the last one, stays as it came unless the body is large.
     """
 
     def __init__(self) -> None:
+        self.size = 0
+        """Bytes that were taken."""
         self._done: list[bytes] = []
         self._rest = bytearray()
         self._mark: bytes | None = None
         """What choices begin with; once it is known, the rest begins with it."""
         self._searched = 0
         self._in_vain = 0
-        """Bytes that were taken for a choice and were none."""
+        """Bytes that were taken for the choice that comes next, and were none."""
 
     async def feed(self, piece: bytes) -> None:
         """Take the next piece."""
-        early = len(self._rest) < LARGE_BODY
+        early = self.size < SMALL_BODY
+        self.size += len(piece)
         self._rest += piece
         if self._mark is None and early and (found := _FIRST_CHOICE.search(self._rest)):
             self._mark = found[1]
@@ -85,15 +114,17 @@ class Packing:
                 break
             await self._try_choice(end)
 
-    def body(self) -> bytes:
-        """All that was taken."""
-        return b"".join([*self._done, self._rest])
+    async def body(self) -> bytes:
+        """All that was taken; this ends the packing."""
+        body = b"".join([*self._done, self._rest])
+        self._done, self._rest = [], bytearray()
+        return await _packed(body, n=2)
 
     async def _try_choice(self, end: int) -> None:
         """Pack what lies before ``end``, if it is one whole choice."""
         self._searched = end + 1
         if self._rest[max(0, end - 80) : end].rstrip().endswith(b","):
-            text = bytes(self._rest[:end]).rstrip(b" \t\r\n,")
+            text = bytes(self._rest[:end]).rstrip()[:-1]
             packed = await _off_loop(pack_choice, text)
             if packed is None:
                 self._in_vain += len(text)
@@ -104,46 +135,70 @@ class Packing:
         """Put something in the place of the rest up to there."""
         self._done.append(by)
         del self._rest[:end]
-        self._searched = 1
+        self._searched, self._in_vain = 1, 0
+
+
+class Turn:
+    """One of few that there are at once, until it is ended, by whoever has it or by what he waits for.
+
+    Args:
+        end: What ends it.
+        patience: Seconds for which one may wait for ``SMALL_BODY`` bytes.
+    """
+
+    def __init__(self, end: Callable[[], None], patience: float) -> None:
+        self._end: Callable[[], None] | None = end
+        self._patience = self._left = patience
+
+    def end(self) -> None:
+        """Let others have it; more than once does no harm."""
+        if self._end is not None:
+            self._end()
+        self._end = None
+
+    async def wait(self, coming: Awaitable[bytes | None]) -> bytes | None:
+        """Wait for the next bytes; the turn ends if they are too few for the time."""
+        loop = asyncio.get_running_loop()
+        begin = loop.time()
+        timer = loop.call_later(self._left, self.end)
+        try:
+            piece = await coming
+        finally:
+            timer.cancel()
+        earned = self._patience * len(piece or b"") / SMALL_BODY
+        self._left = min(self._patience, max(0, self._left - loop.time() + begin) + earned)
+        return piece
 
 
 class Turns:
-    """Lets few bodies at a time be read; one that is still not there after ``patience`` seconds no longer counts."""
+    """Lets few bodies at a time be read, apart from those that are so slow in coming that others would lose by it."""
 
     def __init__(self, at_once: int, patience: float) -> None:
         self._free = asyncio.Semaphore(at_once)
         self._patience = patience
 
     @asynccontextmanager
-    async def turn(self) -> AsyncGenerator[None]:
+    async def turn(self) -> AsyncGenerator[Turn]:
         """Wait for a turn, and have it."""
         await self._free.acquire()
-        counted = True
-
-        def end() -> None:
-            nonlocal counted
-            if counted:
-                self._free.release()
-            counted = False
-
-        timer = asyncio.get_running_loop().call_later(self._patience, end)
+        turn = Turn(self._free.release, self._patience)
         try:
-            yield
+            yield turn
         finally:
-            timer.cancel()
-            end()
+            turn.end()
 
 
 def async_http_client() -> Any:
-    """An HTTP client on aiohttp, which reads bodies in turns, if that is installed; otherwise the SDK's own."""
+    """An HTTP client for bodies that are read whole, in turns if aiohttp is installed; otherwise the SDK's own."""
     try:
-        client = openai.DefaultAioHttpClient()
+        client: Any = openai.DefaultAioHttpClient()
     except RuntimeError:
         return openai.DefaultAsyncHttpxClient()
-    transport: Any = getattr(client, "_transport", None)
-    if transport is not None:
-        transport.client = lambda: _session(transport)
-        transport.handle_async_request = _in_turns(transport.handle_async_request)
+    turns = Turns(AT_ONCE, PATIENCE)
+    for transport in (client._transport, *client._mounts.values()):  # noqa: SLF001 - those mounted are for proxies
+        if transport is not None:
+            transport.client = partial(_session, transport)
+            transport.handle_async_request = partial(_handle, transport.handle_async_request, turns)
     return client
 
 
@@ -165,8 +220,10 @@ def _session(transport: Any) -> Any:
         async def _create_connection(self, *args: Any, **kwargs: Any) -> Any:
             return await asyncio.create_task(super()._create_connection(*args, **kwargs), context=Context())
 
-        def _release(self, *args: Any, **kwargs: Any) -> None:
-            Context().run(super()._release, *args, **kwargs)  # it sets a timer
+        def _release(self, key: Any, protocol: Any, **kwargs: Any) -> None:
+            protocol.read_timeout = None  # or else aiohttp lets reads of an idle connection time out, and uses it again
+            protocol.start_timeout()
+            Context().run(super()._release, key, protocol, **kwargs)  # it sets a timer
 
     limits = transport.limits
     connector = Connector(
@@ -181,55 +238,32 @@ def _take(connection: Any, size: int) -> None:
         connection.transport.max_size = size
 
 
-def _in_turns(send: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
-    turns = Turns(AT_ONCE, PATIENCE)
-
-    async def handle(request: Any) -> Any:
-        response = await send(request)
-        stream: Any = response.stream
-        stream.__class__ = _stream_in_turns(stream.__class__)
-        stream.turns, stream.several = turns, b'"n":' in request.content
-        return response
-
-    return handle
-
-
-@cache
-def _stream_in_turns(stream: Any) -> Any:
-    """The class of the SDK's streams, with bodies in one piece, so that nobody has to put them together once more.
-
-    Bodies of a known length are complete on the server, and can wait; others may be long in coming.
-    """
-
-    class InTurns(stream):
-        CHUNK_SIZE = PIECE
-        turns: Turns
-        several: bool
-        """Whether more than one choice may have been asked for."""
-
-        async def __aiter__(self) -> AsyncIterator[bytes]:
-            parent: Any = super()
-            response = self._aiohttp_response
-            length = response.content_length or 0
-            may_be_large = length == 0 or length > LARGE_BODY
-            async with self.turns.turn() if length > SMALL_BODY else nullcontext():
-                _take(response.connection, PIECE)
-                body = await (_packed if self.several and may_be_large else _joined)(parent.__aiter__())
-            yield body
-
-    return InTurns
+async def _handle(send: Callable[[Any], Awaitable[Any]], turns: Turns, request: Any) -> Any:
+    """The response to a request as the SDK's transport gives it, but with the whole body, packed and decompressed."""
+    await request.aread()  # the body of a request that was redirected is not read yet
+    response = await send(request)
+    try:
+        several = b'"n":' in request.content  # if a message says so and not the request, it only costs time
+        body = await _body(response, turns, Packing() if several else Joining())
+    finally:
+        await response.aclose()
+    headers = [(name, value) for name, value in response.headers.raw if name.lower() not in _OF_THE_BODY]
+    return type(response)(response.status_code, headers=headers, content=body, extensions=response.extensions)
 
 
-async def _packed(pieces: AsyncIterator[bytes]) -> bytes:
-    packing = Packing()
-    async for piece in pieces:
-        await packing.feed(piece)
-    return packing.body()
-
-
-async def _joined(pieces: AsyncIterator[bytes]) -> bytes:
-    joined = BytesIO()
-    async for piece in pieces:
-        joined.write(piece)
-    body = joined.getvalue()
-    return body if len(body) <= LARGE_BODY else await _off_loop(pack_response, body)
+async def _body(response: Any, turns: Turns, taken: Joining | Packing) -> bytes:
+    stream = response.stream
+    large = int(response.headers.get("content-length", 0)) > SMALL_BODY
+    if "content-encoding" not in response.headers:  # or else a piece may become many times as large
+        stream.CHUNK_SIZE = PIECE
+    async with aclosing(response.aiter_bytes()) as pieces:
+        while not large and taken.size <= SMALL_BODY:
+            piece = await anext(pieces, None)
+            if piece is None:
+                return await taken.body()
+            await taken.feed(piece)
+        async with turns.turn() as turn:
+            _take(stream._aiohttp_response.connection, PIECE)  # noqa: SLF001 - the SDK gives no other way to it
+            while (piece := await turn.wait(anext(pieces, None))) is not None:
+                await taken.feed(piece)
+            return await taken.body()

@@ -25,7 +25,9 @@ MOST_THREADS = 32
 
 Payload = Mapping[str, Any]
 
-_PARAMETERS = frozenset(CompletionCreateParamsBase.__annotations__)
+PARAMETERS = frozenset(CompletionCreateParamsBase.__annotations__)
+"""What the SDK's ``create`` puts into the body, but for ``stream``."""
+
 _OPTIONS = {"extra_headers": "headers", "extra_query": "params", "extra_body": "extra_json", "timeout": "timeout"}
 """Arguments of the SDK's ``create`` that are not part of the body, and their names in ``post``."""
 
@@ -197,21 +199,34 @@ class Transport:
                 slot.set_result(answers[number] if number < len(answers) else None)
 
 
+def post_arguments(payload: Payload) -> dict[str, Any]:
+    """The arguments with which the SDK's ``post`` sends what ``create`` makes of a payload that is plain JSON.
+
+    ``create`` spends as much CPU again on copying the request.
+    """
+    body = dict(payload)
+    given = {name: body.pop(name) for name in _OPTIONS if name in body}
+    options = {_OPTIONS[name]: value for name, value in given.items() if value is not None or name == "timeout"}
+    # Without this, the SDK takes the key of an administrator where there is no other.
+    options["security"] = {"bearer_auth": True}
+    return {"path": "/chat/completions", "body": body, "options": options, "cast_to": bytes}
+
+
 def _asking(payload: Payload, n: int) -> dict[str, Any]:
-    """The arguments of the SDK's ``post``; its ``create`` spends as much CPU again on copying the request.
+    """The arguments of the SDK's ``post``.
 
     Raises:
         ConfigError: The payload has a parameter that ``create`` does not know.
     """
-    body = {**payload, "n": n} if n > 1 else dict(payload)
-    options = {name: body.pop(given) for given, name in _OPTIONS.items() if given in body}
+    arguments = post_arguments({**payload, "n": n} if n > 1 else payload)
+    body = arguments["body"]
     if not body.get("stream", True):
         del body["stream"]
-    if unknown := body.keys() - _PARAMETERS:
+    if unknown := body.keys() - PARAMETERS:
         raise ConfigError(
             f"the OpenAI SDK knows no parameter {min(unknown)!r}; pass what only the server knows in extra_body"
         )
-    return {"path": "/chat/completions", "body": body, "options": options, "cast_to": bytes}
+    return arguments
 
 
 def _answers(response: dict[str, Any], n: int) -> list[Answer]:

@@ -34,6 +34,9 @@ class _Token(Struct, gc=False):
 class _Logprobs(Struct, gc=False):
     content: list[_Token] | None = None
     refusal: list[_Token] | None = None
+    packed: str | None = None
+    n_alternatives: int = 0
+    excess: float = 0.0
 
 
 class _Choice(Struct):
@@ -83,8 +86,7 @@ _CHOICE_DECODER = msgspec.json.Decoder(_Choice)
 _RAW_DECODER = msgspec.json.Decoder(_RawResponse)
 _RAW_CHOICE_DECODER = msgspec.json.Decoder(_RawChoice)
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_UNPACKABLE = (LogprobsMalformed, UnicodeEncodeError)
-"""What is raised where there is nothing to pack, or text that JSON can hold only escaped: half a surrogate pair."""
+_UNPACKABLE = (LogprobsMalformed, RecursionError)
 _KEPT = _Head.__struct_fields__
 
 
@@ -163,15 +165,15 @@ def pack_choice(text: bytes) -> bytes | None:
     """The JSON of a choice with its log-probabilities packed; None if it is no choice, or not the whole of it."""
     try:
         choice = _choice(text)
-        return None if choice is None else msgspec.json.encode(choice)
+        return None if choice is None else json.dumps(choice).encode()  # msgspec writes null for NaN
     except _UNPACKABLE:
         return None
 
 
-def pack_response(body: bytes) -> bytes:
+def pack_response(body: bytes, n: int = 1) -> bytes:
     """A chat completion with its log-probabilities packed, or else the body as it is; both decode to the same."""
     try:
-        return msgspec.json.encode(decode_response(body))
+        return json.dumps(decode_response(body, n)).encode()
     except _UNPACKABLE:
         return body
 
@@ -190,9 +192,17 @@ def _slim(choice: _Choice, raw: Callable[[], _RawChoice]) -> dict[str, Any]:
     if choice.logprobs is None:
         return {**fields, "logprobs": pack_logprobs(lambda: token_signals({**fields, "logprobs": None}))}
     tokens = choice.logprobs.content or choice.logprobs.refusal
+    if not tokens and choice.logprobs.packed:
+        return {**fields, "logprobs": _packed_before(choice.logprobs)}
     if not tokens:
         raise msgspec.DecodeError("no tokens")
     return {**fields, "logprobs": pack_logprobs(lambda: measured(_read(tokens), lambda: _Entries(raw())))}
+
+
+def _packed_before(logprobs: _Logprobs) -> dict[str, Any]:
+    """The form that ``pack_logprobs`` gave it, when the choice arrived."""
+    excess = {"excess": logprobs.excess} if logprobs.excess else {}
+    return {"packed": logprobs.packed, "n_alternatives": logprobs.n_alternatives, **excess}
 
 
 def _read(tokens: list[_Token]) -> Read:

@@ -4,6 +4,7 @@
 
 import asyncio
 import gc
+import gzip
 import json
 import math
 import tracemalloc
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,7 +65,7 @@ async def packed(body: bytes, sizes: list[int]) -> bytes:
         size = sizes[turn % len(sizes)]
         await packing.feed(body[begin : begin + size])
         begin, turn = begin + size, turn + 1
-    return packing.body()
+    return await packing.body()
 
 
 def understood(body: bytes) -> Any:
@@ -117,7 +119,7 @@ async def test_of_many_choices_one_at_a_time_takes_up_memory():
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert packing.body() == slim
+    assert await packing.body() == slim
     assert peak < 8 * one < len(body) / 3
     assert len(slim) < 4 * one
 
@@ -131,8 +133,30 @@ async def test_no_more_is_read_in_vain_than_a_body_that_is_large(monkeypatch: py
     monkeypatch.setattr(bodies, "pack_choice", counting)
     calls = [{"index": i, "function": {"name": "f", "arguments": "x" * 1000}} for i in range(3000)]
     body = json.dumps({"choices": [{"index": 0, "message": {"tool_calls": calls}}]}, separators=(",", ":")).encode()
-    assert await packed(body, [1 << 18]) == body
+    assert understood(await packed(body, [1 << 18])) == understood(body)
     assert 0 < sum(read) < 2 * LARGE_BODY < len(body)
+
+
+async def test_choices_that_begin_like_what_is_in_them_are_packed_all_the_same():
+    calls = [{"index": i, "function": {"name": "f", "arguments": "{}"}} for i in range(3)]
+    choice = {"index": 0, "logprobs": long(1000), "message": {"content": "x", "tool_calls": calls}}
+    body = json.dumps({"choices": [choice] * 6}, separators=(",", ":")).encode()
+    slim = await packed(body, [1 << 18])
+    assert len(slim) < len(body) / 20
+    assert understood(slim) == understood(body)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_numbers_that_json_does_not_have_stay_as_they_are(n: int):
+    message = {"content": "\ud800", "tool_calls": [{"function": {"name": "f", "arguments": {"x": math.inf}}}]}
+    body = json.dumps({"choices": [{"message": message, "logprobs": MEASURED}] * n}).encode()
+    assert pack_response(body, n) != body
+    assert understood(pack_response(body, n)) == understood(body)
+
+
+async def test_two_commas_between_choices_are_no_json():
+    body = several(2, MEASURED).replace(b'},{"index"', b'},,{"index"')
+    assert understood(await packed(body, [99])) == understood(body) == LogprobsMalformed
 
 
 # Turns
@@ -153,19 +177,43 @@ async def test_few_have_a_turn_at_once():
     assert (having, most) == (0, 2)
 
 
-async def test_who_takes_long_no_longer_keeps_others_waiting_and_frees_nothing_twice():
+async def test_who_waits_long_no_longer_keeps_others_waiting_and_frees_nothing_twice():
     turns, stuck = Turns(2, patience=0.01), asyncio.Event()
 
-    async def take(until: asyncio.Event | None = None) -> None:
-        async with turns.turn():
-            if until:
-                await until.wait()
+    async def never() -> bytes:
+        await stuck.wait()
+        return b""
 
-    slow = [asyncio.create_task(take(stuck)) for _ in range(6)]
-    await asyncio.wait_for(take(), 5)
+    async def take() -> None:
+        async with turns.turn() as turn:
+            await turn.wait(never())
+            await turn.wait(never())
+
+    slow = [asyncio.create_task(take()) for _ in range(6)]
+    async with asyncio.timeout(5), turns.turn():
+        pass
     stuck.set()
     await asyncio.gather(*slow)
     assert turns._free._value == 2
+
+
+async def piece(size: int, seconds: float) -> bytes:
+    await asyncio.sleep(seconds)
+    return b" " * size
+
+
+async def test_who_makes_progress_keeps_the_turn_and_who_has_but_trickles_loses_it():
+    turns = Turns(1, patience=0.5)
+    async with turns.turn() as turn:
+        for _ in range(12):
+            await turn.wait(piece(SMALL_BODY, 0.05))
+        assert turns._free.locked()
+        await asyncio.sleep(0.6)  # what is done with the pieces does not count
+        assert turns._free.locked()
+        for _ in range(12):
+            await turn.wait(piece(1, 0.05))
+        assert not turns._free.locked()
+    assert turns._free._value == 1
 
 
 async def test_a_turn_that_is_cancelled_or_fails_is_free_again():
@@ -199,61 +247,135 @@ def padded(size: int, **fields: Any) -> Fault:
     return Fault(about="padded", body=lambda sound: sound.ljust(size), **fields)
 
 
-@asynccontextmanager
-async def stream_of(size: int) -> AsyncGenerator[Any]:
-    """The stream of a body of so many bytes."""
+def asked_of(http: Any, server: FaultServer) -> Any:
+    asked = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 4}
+    return http.build_request("POST", f"{server.base_url}/chat/completions", json=asked)
+
+
+async def test_the_sdk_has_what_is_relied_on():
+    http: Any = openai.DefaultAioHttpClient()
+    with FaultServer(faults=[padded(LARGE_BODY)]) as server:
+        response = await http._transport.handle_async_request(asked_of(http, server))
+        assert response.stream.CHUNK_SIZE < PIECE
+        assert response.stream._aiohttp_response.connection.transport.max_size > SMALL_BODY
+        assert {"limits", "ssl_context", "client"} <= vars(http._transport).keys()
+        await response.aclose()
+        await http.aclose()
+
+
+@pytest.mark.parametrize("size", [1, SMALL_BODY, LARGE_BODY, 20 * LARGE_BODY])
+async def test_bodies_come_whole_and_large_ones_packed(size: int):
     with FaultServer(faults=[padded(size)]) as server:
         async with async_http_client() as http:
-            asked = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 4}
-            request = http.build_request("POST", f"{server.base_url}/chat/completions", json=asked)
-            answer = await http._transport.handle_async_request(request)
-            yield answer.stream
-            await answer.aclose()
+            response = await http.send(asked_of(http, server))
+    assert "packed" in decode_response(response.content)["choices"][0]["logprobs"]
+    assert (len(response.content) < 2000) if size > LARGE_BODY else (len(response.content.ljust(size)) >= size)
+    assert ("packed" in response.text) == (size > LARGE_BODY)
 
 
-@pytest.mark.parametrize("size", [1, SMALL_BODY, LARGE_BODY])
-async def test_bodies_are_given_in_one_piece(size: int):
-    async with stream_of(size) as stream:
-        (body,) = [piece async for piece in stream]
-        assert len(body) == max(size, len(body.rstrip()))
-        theirs: Any = type(stream).__base__
-        assert theirs.CHUNK_SIZE < stream.CHUNK_SIZE == PIECE  # what it relies on in the SDK
+async def test_a_connection_takes_in_little_of_a_body_before_its_turn(monkeypatch: pytest.MonkeyPatch):
+    given: list[Any] = []
+    real: Any = bodies._body
+
+    async def noting(response: Any, turns: Turns, taken: Any) -> bytes:
+        given.append(response)
+        for _ in range(AT_ONCE):
+            await turns._free.acquire()
+        asyncio.get_running_loop().call_later(0.2, measure, response, turns)
+        return await real(response, turns, taken)
+
+    def measure(response: Any, turns: Turns) -> None:
+        given.append(response.stream._aiohttp_response.content.total_bytes)
+        turns._free.release()
+
+    monkeypatch.setattr(bodies, "_body", noting)
+    with FaultServer([Reply(content="hello")], faults=[padded(20 * LARGE_BODY)]) as server:
+        assert (await model_of(server).ainvoke("hi")).content == "hello"
+    assert 0 < given[1] <= 3 * SMALL_BODY
 
 
-async def test_large_bodies_come_packed():
-    async with stream_of(20 * LARGE_BODY) as stream:
-        (body,) = [piece async for piece in stream]
-        assert len(body) < 2000
-        assert "packed" in decode_response(body)["choices"][0]["logprobs"]
+@pytest.mark.parametrize("how", ["sized", "chunked", "gzip"])
+async def test_bodies_that_come_together_are_read_in_turns(how: str, monkeypatch: pytest.MonkeyPatch):
+    reading, most, turned = 0, 0, 0
 
+    class Counting(Turns):
+        @asynccontextmanager
+        async def turn(self) -> AsyncGenerator[Any]:
+            nonlocal reading, most, turned
+            async with super().turn() as turn:
+                reading, turned = reading + 1, turned + 1
+                most = max(most, reading)
+                yield turn
+                reading -= 1
 
-async def test_a_connection_takes_in_little_of_a_body_before_its_turn():
-    async with stream_of(20 * LARGE_BODY) as stream:
-        await asyncio.sleep(0.2)
-        assert 0 < stream._aiohttp_response.content.total_bytes <= 2 * SMALL_BODY
-        assert [len(piece) < 2000 async for piece in stream] == [True]
-
-
-async def test_bodies_that_come_together_are_read_in_turns(monkeypatch: pytest.MonkeyPatch):
-    joined: Any = bodies._joined
-    reading, most = 0, 0
-
-    async def counting(pieces: Any) -> bytes:
-        nonlocal reading, most
-        reading += 1
-        most = max(most, reading)
-        try:
-            return await joined(pieces)
-        finally:
-            reading -= 1
-
-    monkeypatch.setattr(bodies, "_joined", counting)
+    monkeypatch.setattr(bodies, "Turns", Counting)
     monkeypatch.setattr(bodies, "PATIENCE", 60)
-    with FaultServer([Reply(content="hello")], faults=[padded(SMALL_BODY * 8)]) as server:
-        model = model_of(server)
+    async with server_of(several(1, long(150)), how) as url:
+        model = OpenAIChatModel(model="any", base_url=url, api_key="none", max_retries=0)
         answers = await asyncio.gather(*[model.ainvoke("hi") for _ in range(32)])
-        assert {answer.text for answer in answers} == {"hello"}
-    assert (reading, most) == (0, AT_ONCE)
+    assert {answer.text for answer in answers} == {"hello"}
+    assert (reading, turned) == (0, 32)
+    assert 1 <= most <= AT_ONCE
+
+
+@asynccontextmanager
+async def server_of(body: bytes, how: str) -> AsyncGenerator[str]:
+    """A server that sends one body, whole, in chunks or compressed; one level up it redirects to there."""
+
+    async def chat(request: web.Request) -> web.StreamResponse:
+        await request.read()
+        if request.path == "/chat/completions":
+            raise web.HTTPTemporaryRedirect("/v1/chat/completions")
+        if how == "gzip":
+            return web.Response(body=gzip.compress(body, 1), headers={"Content-Encoding": "gzip"})
+        response = web.Response(body=body, content_type="application/json")
+        if how == "chunked":
+            response.enable_chunked_encoding()
+        return response
+
+    app = web.Application()
+    app.router.add_post("/{path:.*}", chat)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize("how", ["sized", "chunked", "gzip"])
+async def test_large_bodies_come_packed_however_they_are_sent(how: str):
+    body = several(8, long(200))
+    async with server_of(body, how) as url, async_http_client() as http:
+        response = await http.post(f"{url}/chat/completions", json={"n": 8})
+        assert len(response.content) < len(body) / 6  # all but the last
+        assert understood(response.content) == understood(body)
+
+
+async def test_an_idle_connection_does_not_time_out():
+    with FaultServer([Reply(content="hello")], faults=[padded(SMALL_BODY // 4 * 3)]) as server:
+        model = model_of(server, timeout=1.5)
+        assert (await model.ainvoke("hi")).content == "hello"
+        await asyncio.sleep(1.7)
+        assert (await model.ainvoke("hi")).content == "hello"
+        assert server.connections == 1
+
+
+async def test_redirects_are_followed():
+    async with server_of(several(1, MEASURED), "sized") as url:
+        model = OpenAIChatModel(model="any", base_url=url.removesuffix("/v1"), api_key="none", max_retries=0)
+        assert (await model.ainvoke("hi")).content == "hello"
+
+
+async def test_bodies_that_come_through_a_proxy_are_read_in_turns_too(monkeypatch: pytest.MonkeyPatch):
+    body = several(1, long(1200))
+    async with server_of(body, "sized") as url:
+        monkeypatch.setenv("HTTP_PROXY", url.removesuffix("/v1"))
+        monkeypatch.setenv("NO_PROXY", "")
+        async with async_http_client() as http:
+            response = await http.post("http://example.invalid/v1/chat/completions", json={})
+            assert len(response.content) < len(body) / 10
 
 
 async def test_bodies_that_stall_do_not_keep_others_waiting():

@@ -5,22 +5,27 @@ import json
 import math
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial, wraps
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from inspect import signature
 from itertools import product
 from typing import Any
 
 import numpy as np
 import openai
-import openai.types.chat
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI
+from langchain_openai import AzureChatOpenAI, ChatOpenAI
 from openai.resources.chat import AsyncCompletions, Completions
+from openai.resources.chat.completions import completions as sdk
+from openai.types.chat import ChatCompletion, ParsedChatCompletion
 from pydantic import BaseModel
 
-from ec_agents.chat_openai import fast_logprobs
+from ec_agents.chat_openai import _typed, fast_logprobs
 from ec_agents.errors import ConfigError, LogprobsError, LogprobsMalformed, LogprobsMissing
 from ec_agents.graph import create_centroid_agent
 from ec_agents.logprobs import response_candidates, token_signals
@@ -28,6 +33,7 @@ from ec_agents.messages import message_candidate
 from ec_agents.openai_client import OpenAIChatModel
 from ec_agents.sampling import sample
 from ec_agents.testing import Fault, FaultServer, Reply, ScriptedChatModel, profile_logprobs
+from ec_agents.transport import PARAMETERS
 from ec_agents.wire import choice_message, decode_response, split_usage, wire_messages
 
 # pyright: reportArgumentType=false
@@ -291,7 +297,7 @@ def comparable(message: AIMessage) -> dict[str, Any]:
 def test_messages_are_those_of_langchain_openai(choice: Any, usage: Any, tier: str | None):
     data = response(choice, usage, **({"service_tier": tier} if tier else {}))
     theirs_model = ChatOpenAI(model="any", api_key="none", base_url="http://127.0.0.1:1/v1")
-    theirs = theirs_model._create_chat_result(openai.types.chat.ChatCompletion.construct(**data))
+    theirs = theirs_model._create_chat_result(ChatCompletion.construct(**data))
     expected: Any = theirs.generations[0].message
     info = theirs.generations[0].generation_info or {}
     expected.response_metadata = {**(theirs.llm_output or {}), **info, **expected.response_metadata}
@@ -697,6 +703,175 @@ def test_what_it_relies_on_in_langchain_openai_is_there(server: FaultServer):
     fast = fast_logprobs(model)
     for name in ("client", "async_client", "root_client", "root_async_client"):
         assert getattr(fast, name) is not getattr(model, name)
+    arguments = {"self", "stream", "extra_headers", "extra_query", "extra_body", "timeout", *PARAMETERS}
+    for completions in (Completions, AsyncCompletions):
+        assert set(signature(completions.create).parameters) == arguments
+
+
+class Recorder(ThreadingHTTPServer):
+    """A server with one answer for every path; it keeps the paths, headers and bodies of what it is asked."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        answer = response(chat(profile_logprobs("!."), content="{}", tool_calls=[CALL]), USAGES["details"])
+        body = json.dumps(answer).encode()
+        self.asked = asked = list[Any]()
+        self.url = ""
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                content = json.loads(self.rfile.read(int(headers["content-length"])))
+                asked.append((self.path, {k: v for k, v in headers.items() if k not in OF_NO_CONCERN}, content))
+                self.send_response_only(200)
+                for name, value in {"content-length": len(body), "x-request-id": "7"}.items():
+                    self.send_header(name, str(value))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: Any) -> None: ...  # noqa: A002 - inherited
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+OF_NO_CONCERN = ("host", "accept-encoding", "connection", "content-length", "x-stainless-helper-method")
+"""Headers that go with the connection, or say which function of the SDK was called."""
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    with Recorder() as running:
+        threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+OPENAI: Any = {"model": "any", "api_key": "none", "max_tokens": 9}
+AZURE: Any = {"api_version": "1", "api_key": "none"}
+MODELS: dict[str, Any] = {
+    "headers": lambda url: ChatOpenAI(base_url=url, include_response_headers=True, default_query={"a": "b"}, **OPENAI),
+    "own connections": lambda url: ChatOpenAI(
+        base_url=url,
+        http_client=openai.DefaultHttpxClient(headers={"X-Team": "a"}),
+        http_async_client=openai.DefaultAsyncHttpxClient(headers={"X-Team": "a"}),
+        **OPENAI,
+    ),
+    "Azure": lambda url: AzureChatOpenAI(model="any", azure_endpoint=url, **AZURE),
+    "Azure deployment": lambda url: AzureChatOpenAI(azure_deployment="mine", azure_endpoint=url, **AZURE),
+}
+TOOL = {"type": "function", "function": {"name": "calc", "parameters": {"type": "object", "properties": {}}}}
+EXTRAS: Any = {"extra_body": {"top_k": 5}, "extra_headers": {"X-A": "b"}, "extra_query": {"q": "1"}, "timeout": 3.5}
+OPTIONS: tuple[Any, ...] = (
+    ASK,
+    {"tools": [TOOL], "tool_choice": "auto", "parallel_tool_calls": False, "stop": ["."]},
+    {"response_format": {"type": "json_object"}, **ASK},
+    {"stream_options": {"include_usage": True}, "logit_bias": {"1": -1}, "seed": None, "n": 2},
+    EXTRAS,
+    dict.fromkeys(EXTRAS),
+    {"timeout": openai.NOT_GIVEN, "temperature": openai.NOT_GIVEN},
+    {"tools": {"calc": TOOL}.values()},
+    {"unknown": 1},
+)
+
+
+async def told(call: Any, options: dict[str, Any]) -> Any:
+    """The message or the error that a call gives, comparable."""
+    try:
+        return comparable(await call(CONVERSATION, **options))
+    except TypeError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", MODELS)
+async def test_requests_and_answers_are_those_of_the_ordinary_model(name: str, recorder: Recorder):
+    ordinary = MODELS[name](recorder.url)
+    fast = fast_logprobs(ordinary)
+    for options in OPTIONS:
+        first, second = [
+            [await told(call, options) for call in (partial(asyncio.to_thread, model.invoke), model.ainvoke)]
+            for model in (ordinary, fast)
+        ]
+        assert second == first
+        asked = [recorder.asked.pop(0) for _ in range(len(recorder.asked) // 2)]
+        assert recorder.asked == asked
+        assert bool(asked) == ("unknown" not in options)
+        recorder.asked.clear()
+    ordinary.root_client.close()
+    await ordinary.root_async_client.close()
+
+
+async def test_requests_are_not_copied_but_a_tracer_around_create_is_asked(
+    server: FaultServer, monkeypatch: pytest.MonkeyPatch
+):
+    def copied(*_: Any) -> None:
+        raise AssertionError
+
+    fast = fast_logprobs(langchain(server))
+    with monkeypatch.context() as patch:
+        patch.setattr(sdk, "maybe_transform", copied)
+        patch.setattr(sdk, "async_maybe_transform", copied)
+        assert fast.invoke("hi").content == (await fast.ainvoke("hi")).content == "hello"
+    seen: list[Any] = []
+    for completions in (Completions, AsyncCompletions):
+
+        @wraps(completions.create)
+        def traced(self: Any, *, create: Any = completions.create, **arguments: Any) -> Any:
+            seen.append(type(self))
+            return create(self, **arguments)
+
+        monkeypatch.setattr(completions, "create", traced)
+    assert fast.invoke("hi").content == (await fast.ainvoke("hi")).content == "hello"
+    assert seen == [Completions, AsyncCompletions]
+
+
+def test_the_key_of_an_administrator_is_not_sent(recorder: Recorder, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OPENAI_ADMIN_KEY", "secret")
+    for model in (OpenAIChatModel, ChatOpenAI):
+        with suppress(TypeError):  # the SDK may want to be told that there is no key
+            fast_logprobs(model(model="any", base_url=recorder.url, api_key="")).invoke("hi")
+    assert "secret" not in str(recorder.asked)
+
+
+ODD = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.sampled_from(["a", "7", [{}]])
+
+
+def fields(**known: Any) -> Any:
+    """Objects as they should be, but for a field that is missing and one that may be of any type."""
+    return st.builds(
+        lambda missing, odd: {name: value for name, value in {**known, **odd}.items() if name != missing},
+        st.sampled_from([None, *known]),
+        st.dictionaries(st.sampled_from([*known, "x"]), ODD, max_size=1),
+    )
+
+
+COUNTS = fields(prompt_tokens=3, completion_tokens=5, total_tokens=8, prompt_tokens_details={"cached_tokens": 2})
+CHOICES = st.fixed_dictionaries(
+    {
+        "index": st.just(0) | ODD,
+        "message": st.sampled_from([payload["message"] for payload in PAYLOADS.values()])
+        | fields(role="assistant", content="a", tool_calls=[CALL, {**CALL, "type": "custom"}], reasoning="b"),
+        "finish_reason": st.sampled_from(["stop", "eos"]) | ODD,
+        "logprobs": st.just({"packed": "AAAA", "n_alternatives": 4}) | st.just({"packed": None, "reason": "none"}),
+    }
+)
+COMPLETIONS = st.builds(
+    lambda known, choices, usage: {**known, "choices": choices, **usage},
+    fields(id="x", object="chat.completion", created=1, model="any", system_fingerprint="f", service_tier="flex"),
+    st.lists(CHOICES, min_size=1, max_size=2),
+    st.just({}) | st.fixed_dictionaries({"usage": COUNTS | st.none()}),
+)
+
+
+@example({**response(chat(None)), "created": "7"}, ChatCompletion)
+@given(COMPLETIONS, st.sampled_from([ChatCompletion, ParsedChatCompletion]))
+def test_validated_completions_are_those_that_the_sdk_constructs(completion: Any, kind: Any):
+    validated, constructed = _typed(kind, completion), kind.construct(**completion)
+    assert repr(validated) == repr(constructed)
+    assert validated.model_dump(warnings=False) == constructed.model_dump(warnings=False)
 
 
 @pytest.mark.parametrize("model", [ScriptedChatModel(), object(), None])
