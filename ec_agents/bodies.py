@@ -123,8 +123,11 @@ class Packing:
     async def _try_choice(self, end: int) -> None:
         """Pack what lies before ``end``, if it is one whole choice."""
         self._searched = end + 1
-        if self._rest[max(0, end - 80) : end].rstrip().endswith(b","):
-            text = bytes(self._rest[:end]).rstrip()[:-1]
+        before = self._rest[max(0, end - 80) : end]
+        between = len(before) - len(before.rstrip())
+        if before.rstrip().endswith(b","):
+            with memoryview(self._rest) as rest:
+                text = bytes(rest[: end - between - 1])
             packed = await _off_loop(pack_choice, text)
             if packed is None:
                 self._in_vain += len(text)
@@ -218,7 +221,13 @@ def _session(transport: Any) -> Any:
             return connection
 
         async def _create_connection(self, *args: Any, **kwargs: Any) -> Any:
-            return await asyncio.create_task(super()._create_connection(*args, **kwargs), context=Context())
+            opening = asyncio.create_task(super()._create_connection(*args, **kwargs), context=Context())
+            try:
+                return await opening
+            except asyncio.CancelledError:
+                if opening.done() and not opening.cancelled() and not opening.exception():
+                    opening.result().close()  # it was open before the cancellation came, and nobody else knows it
+                raise
 
         def _release(self, key: Any, protocol: Any, **kwargs: Any) -> None:
             protocol.read_timeout = None  # or else aiohttp lets reads of an idle connection time out, and uses it again

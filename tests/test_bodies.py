@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
+import aiohttp
 import numpy as np
 import openai
 import pytest
@@ -360,6 +361,27 @@ async def test_an_idle_connection_does_not_time_out():
         await asyncio.sleep(1.7)
         assert (await model.ainvoke("hi")).content == "hello"
         assert server.connections == 1
+
+
+async def test_a_connection_that_opens_in_the_moment_in_which_its_call_is_cancelled_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    closed: list[bool] = []
+
+    class Opened:
+        def close(self) -> None:
+            closed.append(True)
+
+    async def opening(*_: Any) -> Opened:
+        asyncio.get_running_loop().call_soon(calling.cancel)
+        return Opened()
+
+    monkeypatch.setattr(aiohttp.TCPConnector, "_create_connection", opening)
+    async with async_http_client() as http:
+        calling = asyncio.create_task(http.get("http://127.0.0.1:1/"))
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+    assert closed == [True]
 
 
 async def test_redirects_are_followed():

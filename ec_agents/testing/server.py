@@ -123,9 +123,9 @@ class FaultServer:
         self.in_flight += 1
         try:
             return await self._respond(request, asked, fault)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ConnectionError) as gone:
             self.abandoned += not self._stop.is_set()
-            raise
+            raise asyncio.CancelledError from gone
         finally:
             self.in_flight -= 1
 
