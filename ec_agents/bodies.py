@@ -123,11 +123,11 @@ class Packing:
     async def _try_choice(self, end: int) -> None:
         """Pack what lies before ``end``, if it is one whole choice."""
         self._searched = end + 1
-        before = self._rest[max(0, end - 80) : end]
-        between = len(before) - len(before.rstrip())
-        if before.rstrip().endswith(b","):
+        near = self._rest[max(0, end - 80) : end]
+        kept = near.rstrip()
+        if kept.endswith(b","):
             with memoryview(self._rest) as rest:
-                text = bytes(rest[: end - between - 1])
+                text = bytes(rest[: end - (len(near) - len(kept)) - 1])
             packed = await _off_loop(pack_choice, text)
             if packed is None:
                 self._in_vain += len(text)
