@@ -16,8 +16,8 @@ from ec_agents.candidates import (
 from ec_agents.candidates import (
     Trajectory as Trajectory,
 )
-from ec_agents.chat_model import CentroidChatModel as CentroidChatModel
-from ec_agents.chat_openai import fast_logprobs as fast_logprobs
+from ec_agents.agents.chat_model import CentroidChatModel as CentroidChatModel
+from ec_agents.servers.fast_logprobs import fast_logprobs as fast_logprobs
 from ec_agents.entropy import (
     PRESETS as PRESETS,
 )
@@ -75,19 +75,19 @@ from ec_agents.errors import (
 from ec_agents.errors import (
     UnsupportedLogprobs as UnsupportedLogprobs,
 )
-from ec_agents.graph import (
+from ec_agents.agents.graph import (
     CentroidScorerNode as CentroidScorerNode,
 )
-from ec_agents.graph import (
+from ec_agents.agents.graph import (
     CentroidState as CentroidState,
 )
-from ec_agents.graph import (
+from ec_agents.agents.graph import (
     SamplingNode as SamplingNode,
 )
-from ec_agents.graph import (
+from ec_agents.agents.graph import (
     create_centroid_agent as create_centroid_agent,
 )
-from ec_agents.graph import (
+from ec_agents.agents.graph import (
     route_selected as route_selected,
 )
 from ec_agents.logprobs import (
@@ -101,8 +101,8 @@ from ec_agents.logprobs import (
 )
 from ec_agents.messages import as_candidate as as_candidate
 from ec_agents.messages import message_candidate as message_candidate
-from ec_agents.middleware import EntropyCentroidMiddleware as EntropyCentroidMiddleware
-from ec_agents.openai_client import OpenAIChatModel as OpenAIChatModel
+from ec_agents.agents.middleware import EntropyCentroidMiddleware as EntropyCentroidMiddleware
+from ec_agents.servers.openai_chat_model import OpenAIChatModel as OpenAIChatModel
 from ec_agents.sampling import sample as sample
 from ec_agents.scoring import (
     SCORERS as SCORERS,
@@ -170,8 +170,8 @@ from ec_agents.trace import (
 from ec_agents.trace import (
     read_trajectories as read_trajectories,
 )
-from ec_agents.waiting import Limiter as Limiter
-from ec_agents.waiting import SamplingPolicy as SamplingPolicy
+from ec_agents.policy import Limiter as Limiter
+from ec_agents.policy import SamplingPolicy as SamplingPolicy
 
 _HOME_OF: dict[str, str]
 __all__: list[str]

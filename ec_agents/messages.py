@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from ec_agents.candidates import Candidate, CandidateSet, Selection
 from ec_agents.errors import FailedCall, LogprobsError, LogprobsMalformed
 from ec_agents.logprobs import choice_candidate, response_candidates, token_signals
-from ec_agents.models import SIGNALS_KEY, silent_model
+from ec_agents.agents.quiet_model import SIGNALS_KEY, silent_model
 
 SHOWN_CHARACTERS = 400
 """Most characters of each candidate's text that the decision in the state shows; every checkpoint has a copy of it."""

@@ -17,7 +17,7 @@ from langgraph.errors import GraphBubbleUp
 from ec_agents.candidates import Candidate, CandidateSet
 from ec_agents.errors import ConfigError, SamplingError
 from ec_agents.messages import as_candidate
-from ec_agents.waiting import SamplingPolicy, finish, respond
+from ec_agents.policy import SamplingPolicy, finish, respond
 
 _T = TypeVar("_T")
 

@@ -1,7 +1,7 @@
 """Stage 7 - record: every step as a JSON line; read back as trajectories.
 
 A trace is a file of JSON lines, one a step, in the order in which the steps of any number of runs ended. Files of other
-programs are read as well; see ``ec_agents.dumps``.
+programs are read as well; see ``ec_agents.foreign_records``.
 
 Example:
     >>> import tempfile, pathlib
@@ -29,9 +29,9 @@ from typing import Any, Self, cast
 import msgspec
 
 from ec_agents.candidates import Candidate, Selection, Step, Trajectory
-from ec_agents.dumps import read_record
+from ec_agents.foreign_records import read_record
 from ec_agents.errors import LogprobsMalformed, StateError, TraceError
-from ec_agents.records import Records, decoded, zstd
+from ec_agents.jsonl import Records, decoded, zstd
 
 TRACE_FORMAT = 1
 """Version of the lines that this version writes; it reads all up to this one."""

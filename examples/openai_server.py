@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 from ec_agents import create_centroid_agent
 from ec_agents.embedded import EmbeddedChatModel
-from ec_agents.openai_client import OpenAIChatModel
+from ec_agents.servers.openai_chat_model import OpenAIChatModel
 from ec_agents.testing import FaultServer
 
 QUESTION = "Ann has 12. Bob has 5 more than Ann. How many has Bob?"

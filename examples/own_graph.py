@@ -15,7 +15,7 @@ from langgraph.types import Command
 
 from ec_agents import CentroidScorerNode, CentroidState, SamplingNode, route_selected
 from ec_agents.embedded import EmbeddedChatModel, make_tasks
-from ec_agents.openai_client import OpenAIChatModel
+from ec_agents.servers.openai_chat_model import OpenAIChatModel
 
 TASK = make_tasks("play", 1)[0]
 CLOSE = 0.05

@@ -22,7 +22,7 @@ _LOOPBACK = ("127.", "::1", "localhost")
 @pytest.fixture(autouse=True)
 def no_verdicts() -> None:
     """Forget what other tests' servers, perhaps on the same port, showed about themselves."""
-    from ec_agents.providers import forget_verdicts  # noqa: PLC0415 - numpy reads the environment when it is imported
+    from ec_agents.servers.providers import forget_verdicts  # noqa: PLC0415 - numpy reads the environment when it is imported
 
     forget_verdicts()
 

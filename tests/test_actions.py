@@ -11,7 +11,7 @@ from langchain_core.tools import tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel
 
-from ec_agents.actions import JsonActions, strict_schema
+from ec_agents.servers.json_actions import JsonActions, strict_schema
 from ec_agents.errors import ActionError, ConfigError
 
 

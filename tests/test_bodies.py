@@ -23,11 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ec_agents import bodies
-from ec_agents.bodies import AT_ONCE, LARGE_BODY, PIECE, SMALL_BODY, Packing, Turns, async_http_client, decoded
+from ec_agents.servers.body_reader import AT_ONCE, LARGE_BODY, PIECE, SMALL_BODY, Packing, Turns, async_http_client, decoded
 from ec_agents.errors import LogprobsMalformed
-from ec_agents.openai_client import OpenAIChatModel
+from ec_agents.servers.openai_chat_model import OpenAIChatModel
 from ec_agents.testing import Fault, FaultServer, Reply, profile_logprobs
-from ec_agents.wire import decode_response, pack_response
+from ec_agents.servers.completions import decode_response, pack_response
 
 MEASURED: Any = profile_logprobs("!.!")
 LOGPROBS = st.sampled_from(

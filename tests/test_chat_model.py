@@ -14,11 +14,11 @@ from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
 from pydantic import BaseModel
 
-from ec_agents.chat_model import CentroidChatModel
+from ec_agents.agents.chat_model import CentroidChatModel
 from ec_agents.embedded import EmbeddedChatModel
 from ec_agents.errors import ConfigError, SamplingError
 from ec_agents.testing import Reply, ScriptedChatModel
-from ec_agents.waiting import SamplingPolicy
+from ec_agents.policy import SamplingPolicy
 
 LATE, EARLY = ".......!..", ".!........"
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from ec_agents.check import Report, check_endpoint
-from ec_agents.cli import app
+from ec_agents.servers.probe import Report, check_endpoint
+from ec_agents.cli.main import app
 from ec_agents.errors import ConfigError
-from ec_agents.providers import Endpoint, verdict_on
+from ec_agents.servers.providers import Endpoint, verdict_on
 from ec_agents.testing import Fault, FaultServer, Reply
 from ec_agents.testing.server import completion
 

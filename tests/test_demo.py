@@ -25,7 +25,7 @@ PUZZLE = Task(family="play", prompt="make 10 from 2 3 5", numbers=(2, 3, 5), goa
 
 
 def run_command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    code = "from ec_agents.cli import main; main()"
+    code = "from ec_agents.cli.main import main; main()"
     environment = {"COLUMNS": "150", "OPENAI_API_KEY": "none", **variables}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],

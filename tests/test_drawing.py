@@ -17,16 +17,16 @@ from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_openai import ChatOpenAI
 from pydantic import PrivateAttr
 
-from ec_agents.chat_openai import fast_logprobs
-from ec_agents.drawing import StepModel, StepModels, StepRequest
+from ec_agents.servers.fast_logprobs import fast_logprobs
+from ec_agents.agents.step_request import StepModel, StepModels, StepRequest
 from ec_agents.embedded import EmbeddedChatModel
 from ec_agents.errors import ActionError, ConfigError, LogprobsMissing, SamplingError, UnsupportedLogprobs
-from ec_agents.graph import create_centroid_agent
-from ec_agents.openai_client import OpenAIChatModel
+from ec_agents.agents.graph import create_centroid_agent
+from ec_agents.servers.openai_chat_model import OpenAIChatModel
 from ec_agents.selection import Selector
 from ec_agents.testing import FaultServer, Reply, ScriptedChatModel
 from ec_agents.testing.server import completion
-from ec_agents.waiting import Limiter, SamplingPolicy
+from ec_agents.policy import Limiter, SamplingPolicy
 
 ASK = {"messages": [("user", "what is 1 + 2?")]}
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from ec_agents import stats
 from ec_agents.candidates import Candidate, Step, TokenSignals
 from ec_agents.errors import ConfigError, TraceError
-from ec_agents.evaluate import Evaluation, evaluate, evaluate_runs, tune
-from ec_agents.outcomes import Graded, RunOutcome, grade, read_outcomes
-from ec_agents.replay import curve_points
-from ec_agents.results import load_evaluation
+from ec_agents.evaluation.evaluate import Evaluation, evaluate, evaluate_runs, tune
+from ec_agents.evaluation.outcomes import Graded, RunOutcome, grade, read_outcomes
+from ec_agents.evaluation.replay import curve_points
+from ec_agents.evaluation.results import load_evaluation
 from ec_agents.scoring import SCORERS, MajorityVote, RandomScorer, SignalScorer
 from ec_agents.selection import Selector
 

@@ -18,11 +18,11 @@ from typing import Any
 import openai
 import pytest
 
-from ec_agents.bodies import LARGE_BODY
+from ec_agents.servers.body_reader import LARGE_BODY
 from ec_agents.errors import EcAgentsError, LogprobsMalformed, LogprobsMissing, SamplingError
-from ec_agents.graph import create_centroid_agent
+from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.messages import decision_record, message_candidate
-from ec_agents.openai_client import OpenAIChatModel
+from ec_agents.servers.openai_chat_model import OpenAIChatModel
 from ec_agents.sampling import sample
 from ec_agents.scoring import centroids
 from ec_agents.selection import Selector

@@ -16,8 +16,8 @@ from langchain_openai import ChatOpenAI
 from langgraph.checkpoint.memory import InMemorySaver
 from pydantic import BaseModel
 
-from ec_agents.chat_model import CentroidChatModel
-from ec_agents.chat_openai import fast_logprobs
+from ec_agents.agents.chat_model import CentroidChatModel
+from ec_agents.servers.fast_logprobs import fast_logprobs
 from ec_agents.embedded import EmbeddedChatModel
 from ec_agents.errors import (
     ActionError,
@@ -27,9 +27,9 @@ from ec_agents.errors import (
     TraceError,
     UnsupportedLogprobs,
 )
-from ec_agents.graph import create_centroid_agent
-from ec_agents.middleware import EntropyCentroidMiddleware
-from ec_agents.openai_client import OpenAIChatModel
+from ec_agents.agents.graph import create_centroid_agent
+from ec_agents.agents.middleware import EntropyCentroidMiddleware
+from ec_agents.servers.openai_chat_model import OpenAIChatModel
 from ec_agents.testing import FaultServer, Reply, ScriptedChatModel
 from ec_agents.testing.server import completion
 from ec_agents.trace import TraceWriter, read_trajectories

@@ -29,7 +29,7 @@ from langgraph.types import Command, interrupt
 
 from ec_agents.candidates import FORMAT
 from ec_agents.errors import ConfigError, SamplingError, SelectionError, StateError
-from ec_agents.graph import (
+from ec_agents.agents.graph import (
     CentroidScorerNode,
     CentroidState,
     SamplingNode,

@@ -15,9 +15,9 @@ from adding import ASK, add, call_add
 from langchain.agents import create_agent
 from langsmith import Client, tracing_context  # pyright: ignore[reportUnknownVariableType]
 
-from ec_agents.chat_model import CentroidChatModel
-from ec_agents.graph import create_centroid_agent
-from ec_agents.middleware import EntropyCentroidMiddleware
+from ec_agents.agents.chat_model import CentroidChatModel
+from ec_agents.agents.graph import create_centroid_agent
+from ec_agents.agents.middleware import EntropyCentroidMiddleware
 from ec_agents.testing import Reply, ScriptedChatModel
 
 N = 8

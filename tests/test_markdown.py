@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from test_evaluate import SIZE, noise
 
-from ec_agents.evaluate import evaluate, evaluate_runs
-from ec_agents.markdown import write_markdown
-from ec_agents.outcomes import RunOutcome
+from ec_agents.evaluation.evaluate import evaluate, evaluate_runs
+from ec_agents.evaluation.markdown import write_markdown
+from ec_agents.evaluation.outcomes import RunOutcome
 
 
 def tables(text: str) -> list[list[list[str]]]:

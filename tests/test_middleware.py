@@ -33,7 +33,7 @@ from langgraph.types import Command
 from pydantic import BaseModel
 
 from ec_agents.errors import ConfigError, SamplingError, SelectionError, StateError
-from ec_agents.middleware import EntropyCentroidMiddleware, _unpack
+from ec_agents.agents.middleware import EntropyCentroidMiddleware, _unpack
 from ec_agents.selection import Selector
 from ec_agents.testing import Reply, ScriptedChatModel
 

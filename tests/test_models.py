@@ -12,11 +12,11 @@ from langchain_core.rate_limiters import InMemoryRateLimiter
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 from langchain_core.tools import tool
 
-from ec_agents.acting import acting_in_json
+from ec_agents.servers.acting import acting_in_json
 from ec_agents.embedded import EmbeddedChatModel
-from ec_agents.graph import create_centroid_agent
-from ec_agents.middleware import EntropyCentroidMiddleware
-from ec_agents.models import SIGNALS_KEY, silent_model
+from ec_agents.agents.graph import create_centroid_agent
+from ec_agents.agents.middleware import EntropyCentroidMiddleware
+from ec_agents.agents.quiet_model import SIGNALS_KEY, silent_model
 from ec_agents.testing import Reply, ScriptedChatModel
 
 ASK = [HumanMessage("Ann has 2. How many has Ann?")]

@@ -25,16 +25,16 @@ from openai.resources.chat.completions import completions as sdk
 from openai.types.chat import ChatCompletion, ParsedChatCompletion
 from pydantic import BaseModel
 
-from ec_agents.chat_openai import _typed, fast_logprobs
+from ec_agents.servers.fast_logprobs import _typed, fast_logprobs
 from ec_agents.errors import ConfigError, LogprobsError, LogprobsMalformed, LogprobsMissing
-from ec_agents.graph import create_centroid_agent
+from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.logprobs import response_candidates, token_signals
 from ec_agents.messages import message_candidate
-from ec_agents.openai_client import OpenAIChatModel
+from ec_agents.servers.openai_chat_model import OpenAIChatModel
 from ec_agents.sampling import sample
 from ec_agents.testing import Fault, FaultServer, Reply, ScriptedChatModel, profile_logprobs
-from ec_agents.transport import PARAMETERS
-from ec_agents.wire import choice_message, decode_response, split_usage, wire_messages
+from ec_agents.servers.transport import PARAMETERS
+from ec_agents.servers.completions import choice_message, decode_response, split_usage, wire_messages
 
 # pyright: reportArgumentType=false
 

@@ -8,7 +8,7 @@ import pytest
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
 
-from ec_agents.openai_client import OpenAIChatModel
+from ec_agents.servers.openai_chat_model import OpenAIChatModel
 from ec_agents.testing import FaultServer, Reply
 from ec_agents.testing.server import completion
 

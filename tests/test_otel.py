@@ -12,10 +12,10 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from ec_agents import otel
-from ec_agents.chat_model import CentroidChatModel
+from ec_agents.agents.chat_model import CentroidChatModel
 from ec_agents.errors import SamplingError
-from ec_agents.graph import create_centroid_agent
-from ec_agents.middleware import EntropyCentroidMiddleware
+from ec_agents.agents.graph import create_centroid_agent
+from ec_agents.agents.middleware import EntropyCentroidMiddleware
 from ec_agents.testing import Reply, ScriptedChatModel
 
 ASK: Any = {"messages": [("user", "hi")]}

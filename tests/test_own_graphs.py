@@ -24,7 +24,7 @@ from langgraph.runtime import Runtime
 from langgraph.types import Command, RetryPolicy
 
 from ec_agents.errors import SamplingError
-from ec_agents.graph import CentroidScorerNode, CentroidState, SamplingNode, route_selected
+from ec_agents.agents.graph import CentroidScorerNode, CentroidState, SamplingNode, route_selected
 from ec_agents.testing import Reply, ScriptedChatModel
 
 

@@ -47,7 +47,7 @@ def test_the_numbers_know_no_framework():
 
 
 def test_the_command_line_names_the_extra_that_it_needs():
-    code = "import sys; sys.modules['typer'] = None; import ec_agents.cli"
+    code = "import sys; sys.modules['typer'] = None; import ec_agents.cli.main"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "pip install 'ec-agents[cli]'" in done.stderr

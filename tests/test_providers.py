@@ -15,7 +15,7 @@ from ec_agents.candidates import Candidate, TokenSignals
 from ec_agents.embedded import EmbeddedChatModel
 from ec_agents.errors import UnsupportedLogprobs
 from ec_agents.logprobs import pack_logprobs, token_signals
-from ec_agents.providers import (
+from ec_agents.servers.providers import (
     Endpoint,
     capabilities,
     complaint,
@@ -322,7 +322,7 @@ def test_that_nothing_can_be_measured_is_believed_for_a_while_only(monkeypatch: 
     remember(where, verdict, tools=False)
     remember(where, calls, tools=True)
     assert verdict_on(where, tools=True) is calls
-    monkeypatch.setattr("ec_agents.providers._BELIEVED", 0.0)
+    monkeypatch.setattr("ec_agents.servers.providers._BELIEVED", 0.0)
     assert verdict_on(where, tools=False) is verdict_on(where, tools=True) is None
 
 

@@ -27,7 +27,7 @@ from langchain_openai import ChatOpenAI
 from typer.testing import CliRunner
 
 from ec_agents.candidates import Candidate
-from ec_agents.cli import app
+from ec_agents.cli.main import app
 from ec_agents.embedded import make_tasks
 from ec_agents.embedded import vocabulary as v
 from ec_agents.embedded.engine import log_softmax
@@ -35,10 +35,10 @@ from ec_agents.embedded.export import export
 from ec_agents.embedded.tasks import FAMILIES, Family
 from ec_agents.embedded.template import Turn, render
 from ec_agents.embedded.transformer import Cache, Floats, Transformer
-from ec_agents.graph import create_centroid_agent
+from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.logprobs import choice_candidate
 from ec_agents.messages import message_candidate
-from ec_agents.openai_client import OpenAIChatModel
+from ec_agents.servers.openai_chat_model import OpenAIChatModel
 from ec_agents.sampling import sample
 from ec_agents.scoring import CentroidScorer
 

@@ -10,11 +10,11 @@ from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI
 
 from ec_agents.candidates import Candidate
-from ec_agents.chat_openai import fast_logprobs
+from ec_agents.servers.fast_logprobs import fast_logprobs
 from ec_agents.errors import LogprobsMalformed
 from ec_agents.logprobs import response_candidates
 from ec_agents.messages import message_candidate
-from ec_agents.openai_client import OpenAIChatModel
+from ec_agents.servers.openai_chat_model import OpenAIChatModel
 from ec_agents.testing import Fault, FaultServer
 
 # pyright: reportArgumentType=false

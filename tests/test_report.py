@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from ec_agents import charts
 from ec_agents.candidates import Candidate, Step, TokenSignals
 from ec_agents.errors import ConfigError
-from ec_agents.evaluate import evaluate, evaluate_runs
-from ec_agents.outcomes import Graded, RunOutcome
-from ec_agents.plots import write_plots
-from ec_agents.report import explain, script_json, shades, timing, write_evaluation_report, write_trace_report
+from ec_agents.evaluation.evaluate import evaluate, evaluate_runs
+from ec_agents.evaluation.outcomes import Graded, RunOutcome
+from ec_agents.evaluation.plots import write_plots
+from ec_agents.evaluation.html import explain, script_json, shades, timing, write_evaluation_report, write_trace_report
 from ec_agents.scoring import SCORERS
 from ec_agents.selection import Selector, select
 

@@ -15,12 +15,12 @@ from langgraph.checkpoint.memory import InMemorySaver
 
 from ec_agents import run_eval
 from ec_agents.embedded import EmbeddedChatModel
-from ec_agents.eval_agents import embedded_agent
-from ec_agents.eval_store import CHECKPOINTS, TRACE, UNDER_WAY, EvalSettings, read_outcome_lines
-from ec_agents.eval_tasks import EvalTask, check_embedded, check_exact, read_tasks
-from ec_agents.graph import create_centroid_agent
-from ec_agents.results import Evaluation
-from ec_agents.run_eval import EvalRun
+from ec_agents.evaluation.factories import embedded_agent
+from ec_agents.evaluation.store import CHECKPOINTS, TRACE, UNDER_WAY, EvalSettings, read_outcome_lines
+from ec_agents.evaluation.tasks import EvalTask, check_embedded, check_exact, read_tasks
+from ec_agents.agents.graph import create_centroid_agent
+from ec_agents.evaluation.results import Evaluation
+from ec_agents.evaluation.run import EvalRun
 from ec_agents.scoring import CentroidScorer
 from ec_agents.selection import Selector
 from ec_agents.testing import Reply, ScriptedChatModel, profile_logprobs
@@ -29,7 +29,7 @@ from ec_agents.trace import TraceWriter, read_trajectories
 N = 2
 KILLED = 9
 CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["ec_agents.run_eval", "langgraph.checkpoint.sqlite.aio", "ec_agents.testing"])
+CHILDREN.set_forkserver_preload(["ec_agents.evaluation.run", "langgraph.checkpoint.sqlite.aio", "ec_agents.testing"])
 
 
 def playing(out: Path) -> EvalRun:

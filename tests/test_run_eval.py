@@ -16,16 +16,16 @@ import pytest
 from langchain_core.exceptions import ContextOverflowError
 
 from ec_agents.candidates import Candidate, Step
-from ec_agents.cli import main
+from ec_agents.cli.main import main
 from ec_agents.embedded import make_tasks
 from ec_agents.errors import ConfigError, SamplingError
-from ec_agents.eval_agents import embedded_agent, embedded_model, seed_of
-from ec_agents.eval_store import OUTCOMES, SETTINGS, TRACE, Outcome, read_outcome_lines, write_outcome
-from ec_agents.eval_tasks import EvalTask, check_embedded, check_exact, check_math, checker, read_tasks
-from ec_agents.eval_units import usage
-from ec_agents.graph import create_centroid_agent
-from ec_agents.results import load_evaluation
-from ec_agents.run_eval import ERRORS_IN_A_ROW, EvalRun, EvalSettings, Progress
+from ec_agents.evaluation.factories import embedded_agent, embedded_model, seed_of
+from ec_agents.evaluation.store import OUTCOMES, SETTINGS, TRACE, Outcome, read_outcome_lines, write_outcome
+from ec_agents.evaluation.tasks import EvalTask, check_embedded, check_exact, check_math, checker, read_tasks
+from ec_agents.evaluation.units import usage
+from ec_agents.agents.graph import create_centroid_agent
+from ec_agents.evaluation.results import load_evaluation
+from ec_agents.evaluation.run import ERRORS_IN_A_ROW, EvalRun, EvalSettings, Progress
 from ec_agents.scoring import CentroidScorer, FirstScorer
 from ec_agents.selection import Selector
 from ec_agents.testing import Reply, ScriptedChatModel, profile_logprobs
@@ -50,7 +50,7 @@ def factory():
     return answer
 
 def agent(*, selector, n):
-    from ec_agents.graph import create_centroid_agent
+    from ec_agents.agents.graph import create_centroid_agent
     from ec_agents.testing import Reply, ScriptedChatModel
     return create_centroid_agent(ScriptedChatModel(replies=[Reply(content="yes")] * n), n=n, selector=selector)
 
@@ -103,7 +103,7 @@ def answering(*contents: str, asked: list[str] | None = None) -> Callable[..., A
 
 def started(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     """The command in a process of its own."""
-    code = "from ec_agents.cli import main; main()"
+    code = "from ec_agents.cli.main import main; main()"
     environment = {**os.environ, "COLUMNS": "120", "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],

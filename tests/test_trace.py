@@ -21,7 +21,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 
 from ec_agents.candidates import Candidate, Step, TokenSignals
 from ec_agents.errors import TraceError
-from ec_agents.graph import create_centroid_agent
+from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.logprobs import choice_candidate
 from ec_agents.selection import select
 from ec_agents.testing import Reply, ScriptedChatModel, profile_logprobs

@@ -28,10 +28,10 @@ from langgraph.config import get_config
 from langgraph.types import Command, interrupt
 from pydantic import Field
 
-from ec_agents.chat_model import CentroidChatModel
+from ec_agents.agents.chat_model import CentroidChatModel
 from ec_agents.errors import ConfigError, UnsupportedLogprobs
-from ec_agents.graph import create_centroid_agent
-from ec_agents.middleware import EntropyCentroidMiddleware
+from ec_agents.agents.graph import create_centroid_agent
+from ec_agents.agents.middleware import EntropyCentroidMiddleware
 from ec_agents.testing import Reply, ScriptedChatModel
 
 

@@ -20,7 +20,7 @@ from ec_agents.candidates import Candidate
 from ec_agents.errors import ConfigError, SamplingError
 from ec_agents.sampling import run_blocking, sample
 from ec_agents.testing import FaultServer, Reply
-from ec_agents.waiting import Limiter, SamplingPolicy, retry_delay
+from ec_agents.policy import Limiter, SamplingPolicy, retry_delay
 
 
 async def answer(index: int) -> Candidate:

@@ -108,7 +108,7 @@ def floor(url: str) -> tuple[Step, Callable[[], Awaitable[Any]]]:
 
 
 def ours(url: str, fan_out: Any) -> tuple[Step, Callable[[], Awaitable[Any]]]:
-    from ec_agents.openai_client import OpenAIChatModel
+    from ec_agents.servers.openai_chat_model import OpenAIChatModel
 
     return scored(OpenAIChatModel(model="any", base_url=url, api_key="none", fan_out=fan_out))
 
@@ -134,7 +134,7 @@ async def nothing() -> None: ...
 def fast(url: str) -> tuple[Step, Callable[[], Awaitable[Any]]]:
     from langchain_openai import ChatOpenAI
 
-    from ec_agents.chat_openai import fast_logprobs
+    from ec_agents.servers.fast_logprobs import fast_logprobs
 
     return scored(fast_logprobs(ChatOpenAI(model="any", base_url=url, api_key="none")))
 

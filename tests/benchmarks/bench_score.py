@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from ec_agents.score_file import DEFAULT_SCORERS, score_rows, write_file
+from ec_agents.cli.score import DEFAULT_SCORERS, score_rows, write_file
 
 TOP_K, CHOICES = 20, 8
 

@@ -15,9 +15,9 @@ from langgraph.errors import GraphRecursionError
 
 from ec_agents.candidates import Candidate, CandidateSet, Step
 from ec_agents.errors import ConfigError, SamplingError
-from ec_agents.eval_agents import AgentRun, Factory, added, answer_of, asker, make, seed_of, token_text, usage_of
-from ec_agents.eval_store import EvalSettings, Outcome, UnderWay, Unit
-from ec_agents.eval_tasks import Checker, EvalTask
+from ec_agents.evaluation.factories import AgentRun, Factory, added, answer_of, asker, make, seed_of, token_text, usage_of
+from ec_agents.evaluation.store import EvalSettings, Outcome, UnderWay, Unit
+from ec_agents.evaluation.tasks import Checker, EvalTask
 from ec_agents.messages import describe_failure
 from ec_agents.sampling import sample
 from ec_agents.selection import Selector

@@ -19,11 +19,11 @@ from langchain_core.runnables import Runnable
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
 
-from ec_agents.bodies import async_http_client
-from ec_agents.chunks import OneChunkModel
-from ec_agents.providers import capabilities, provider_of
-from ec_agents.transport import Answer, ClientPerLoop, Transport
-from ec_agents.wire import choice_message, wire_messages
+from ec_agents.servers.body_reader import async_http_client
+from ec_agents.servers.chunks import OneChunkModel
+from ec_agents.servers.providers import capabilities, provider_of
+from ec_agents.servers.transport import Answer, ClientPerLoop, Transport
+from ec_agents.servers.completions import choice_message, wire_messages
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 
@@ -46,7 +46,7 @@ class OpenAIChatModel(OneChunkModel):
         openai.OpenAIError: On a call: what the SDK raises once its retries are used up.
 
     Example:
-        >>> from ec_agents.openai_client import OpenAIChatModel
+        >>> from ec_agents.servers.openai_chat_model import OpenAIChatModel
         >>> from ec_agents.testing import FaultServer, Reply
         >>> with FaultServer([Reply(content="hello")]) as server:
         ...     OpenAIChatModel(model="any", base_url=server.base_url, api_key="none").invoke("hi").content

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ec_agents.errors import ConfigError
-from ec_agents.outcomes import Graded, RunOutcome
-from ec_agents.replay import Policy, Replay, SelectorPolicy, curve_points, one_call, oracle, random_sound
-from ec_agents.results import Evaluation
-from ec_agents.rows import ALWAYS, Column, Table, corrected, length_cuts
+from ec_agents.evaluation.outcomes import Graded, RunOutcome
+from ec_agents.evaluation.replay import Policy, Replay, SelectorPolicy, curve_points, one_call, oracle, random_sound
+from ec_agents.evaluation.results import Evaluation
+from ec_agents.evaluation.rows import ALWAYS, Column, Table, corrected, length_cuts
 from ec_agents.scoring import FirstScorer, MajorityVote
 from ec_agents.selection import Selector
-from ec_agents.stats import Resampling, cross_fit
+from ec_agents.evaluation.stats import Resampling, cross_fit
 
 Floats = NDArray[np.float64]
 

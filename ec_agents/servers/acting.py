@@ -8,9 +8,9 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 
-from ec_agents.actions import JsonActions
+from ec_agents.servers.json_actions import JsonActions
 from ec_agents.errors import ActionError
-from ec_agents.providers import endpoint_of
+from ec_agents.servers.providers import endpoint_of
 from ec_agents.selection import REFUSED, TRUNCATED
 
 _Model = TypeVar("_Model", bound=BaseChatModel)

@@ -42,7 +42,7 @@ class Limiter:
 
     Example:
         >>> from ec_agents import SamplingPolicy
-        >>> from ec_agents.waiting import Limiter
+        >>> from ec_agents.policy import Limiter
         >>> policy = SamplingPolicy(limiter=Limiter(16), timeout=60)
     """
 

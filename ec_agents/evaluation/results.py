@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from ec_agents.errors import ConfigError
-from ec_agents.stats import Estimate
+from ec_agents.evaluation.stats import Estimate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,11 +9,11 @@ from typing import Any, cast
 import openai
 from langchain_core.messages import AIMessage, HumanMessage, convert_to_openai_messages
 
-from ec_agents.actions import JsonActions
+from ec_agents.servers.json_actions import JsonActions
 from ec_agents.candidates import Candidate
 from ec_agents.errors import ActionError, ConfigError, EcAgentsError
 from ec_agents.logprobs import response_candidates
-from ec_agents.providers import Capabilities, Endpoint, Verdict, capabilities, provider_of, remember, verify
+from ec_agents.servers.providers import Capabilities, Endpoint, Verdict, capabilities, provider_of, remember, verify
 
 _TALK = "Write one sentence of about twenty words about the sea."
 _ACT = "What is the weather in Oslo? Use the tool get_weather."

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ec_agents.results import Difference, Evaluation, Row
-from ec_agents.stats import Estimate
+from ec_agents.evaluation.results import Difference, Evaluation, Row
+from ec_agents.evaluation.stats import Estimate
 
 Cells = Sequence[str]
 

@@ -10,8 +10,8 @@ import openai
 from langchain_core.language_models import BaseChatModel
 from openai.resources.chat.completions import AsyncCompletions
 
-from ec_agents.chat_openai import fast_logprobs
-from ec_agents.transport import ClientPerLoop
+from ec_agents.servers.fast_logprobs import fast_logprobs
+from ec_agents.servers.transport import ClientPerLoop
 
 _Model = TypeVar("_Model", bound=BaseChatModel)
 

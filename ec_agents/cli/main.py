@@ -21,9 +21,9 @@ except ImportError as error:
     raise SystemExit(f"ec-agents needs the extra 'cli' ({error}): pip install 'ec-agents[cli]'") from error
 
 from ec_agents import demo as demonstration
-from ec_agents.check import check_endpoint
+from ec_agents.servers.probe import check_endpoint
 from ec_agents.embedded import EmbeddedChatModel
-from ec_agents.score_file import DEFAULT_SCORERS, score_rows, write_file, write_rows
+from ec_agents.cli.score import DEFAULT_SCORERS, score_rows, write_file, write_rows
 from ec_agents.trace import read_steps
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

@@ -13,10 +13,10 @@ import msgspec
 import openai
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
-from ec_agents.bodies import decoded
+from ec_agents.servers.body_reader import decoded
 from ec_agents.errors import ConfigError
 from ec_agents.logprobs import packed_length
-from ec_agents.wire import decode_response, split_usage
+from ec_agents.servers.completions import decode_response, split_usage
 
 GATHERING = 0.002
 """Seconds for which equal calls are collected into one request."""

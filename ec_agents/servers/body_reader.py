@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import openai
 
-from ec_agents.wire import decode_response, pack_choice, pack_response
+from ec_agents.servers.completions import decode_response, pack_choice, pack_response
 
 LARGE_BODY = 1 << 20
 """Bytes; larger texts are decoded in a thread, so that the event loop goes on."""

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ec_agents.errors import ConfigError
-from ec_agents.replay import Replay
-from ec_agents.results import Difference, Distribution, MarginBin, Row
-from ec_agents.stats import Estimate, Resampling, all_right, auroc, holm, paired_p
+from ec_agents.evaluation.replay import Replay
+from ec_agents.evaluation.results import Difference, Distribution, MarginBin, Row
+from ec_agents.evaluation.stats import Estimate, Resampling, all_right, auroc, holm, paired_p
 
 Floats = NDArray[np.float64]
 

@@ -13,8 +13,8 @@ from langgraph.checkpoint.base import BaseCheckpointSaver
 
 from ec_agents.candidates import Step
 from ec_agents.errors import ConfigError, SamplingError
-from ec_agents.eval_agents import Factory, makes_agents
-from ec_agents.eval_store import (
+from ec_agents.evaluation.factories import Factory, makes_agents
+from ec_agents.evaluation.store import (
     TRACE,
     EvalSettings,
     Outcome,
@@ -28,12 +28,12 @@ from ec_agents.eval_store import (
     steps_under_way,
     write_outcome,
 )
-from ec_agents.eval_tasks import Checker, EvalTask
-from ec_agents.eval_units import UnitRunner, graded
-from ec_agents.evaluate import evaluate, evaluate_runs
-from ec_agents.outcomes import Graded, RunOutcome
-from ec_agents.results import Evaluation
-from ec_agents.rows import ALWAYS
+from ec_agents.evaluation.tasks import Checker, EvalTask
+from ec_agents.evaluation.units import UnitRunner, graded
+from ec_agents.evaluation.evaluate import evaluate, evaluate_runs
+from ec_agents.evaluation.outcomes import Graded, RunOutcome
+from ec_agents.evaluation.results import Evaluation
+from ec_agents.evaluation.rows import ALWAYS
 from ec_agents.selection import Selector
 from ec_agents.trace import TraceWriter
 

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ec_agents.candidates import Candidate, Selection
-from ec_agents.outcomes import Graded
+from ec_agents.evaluation.outcomes import Graded
 from ec_agents.scoring import FirstScorer
 from ec_agents.selection import Selector
-from ec_agents.stats import auroc, best_of_subset
+from ec_agents.evaluation.stats import auroc, best_of_subset
 
 Floats = NDArray[np.float64]
 

@@ -15,8 +15,8 @@ from langgraph.constants import TAG_NOSTREAM
 from ec_agents.candidates import Candidate, CandidateSet, Selection
 from ec_agents.errors import StateError
 from ec_agents.messages import decision_record, describe_failure, outline, shortened, without_logprobs
-from ec_agents.models import is_stream, one_step
-from ec_agents.otel import choice_span, sampling_span
+from ec_agents.agents.quiet_model import is_stream, one_step
+from ec_agents.agents.telemetry import choice_span, sampling_span
 from ec_agents.selection import Selector
 
 Write = Callable[[dict[str, Any]], None]

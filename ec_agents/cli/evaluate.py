@@ -12,15 +12,15 @@ from rich.table import Table
 
 from ec_agents.embedded.tasks import FAMILIES
 from ec_agents.errors import ConfigError
-from ec_agents.eval_agents import Factory, embedded_agent, embedded_model
-from ec_agents.eval_tasks import checker, load, read_tasks
-from ec_agents.evaluate import BASELINES, evaluate
-from ec_agents.markdown import write_markdown
-from ec_agents.outcomes import grade, read_outcomes
-from ec_agents.report import write_evaluation_report
-from ec_agents.results import Evaluation, Row
-from ec_agents.rows import ALWAYS
-from ec_agents.run_eval import EvalRun, EvalSettings, Progress
+from ec_agents.evaluation.factories import Factory, embedded_agent, embedded_model
+from ec_agents.evaluation.tasks import checker, load, read_tasks
+from ec_agents.evaluation.evaluate import BASELINES, evaluate
+from ec_agents.evaluation.markdown import write_markdown
+from ec_agents.evaluation.outcomes import grade, read_outcomes
+from ec_agents.evaluation.html import write_evaluation_report
+from ec_agents.evaluation.results import Evaluation, Row
+from ec_agents.evaluation.rows import ALWAYS
+from ec_agents.evaluation.run import EvalRun, EvalSettings, Progress
 from ec_agents.scoring import SCORERS, scorer_named
 from ec_agents.selection import Selector
 from ec_agents.trace import read_steps

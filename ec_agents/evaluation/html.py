@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ec_agents.candidates import Candidate, Selection, Step, TokenSignals
-from ec_agents.charts import Axis, Series, bars, line_chart, linear_axis, log_axis, percent_axis
+from ec_agents.evaluation.charts import Axis, Series, bars, line_chart, linear_axis, log_axis, percent_axis
 from ec_agents.entropy import PhaseConfig, entropy_centroid
-from ec_agents.evaluate import BASELINES
-from ec_agents.results import Evaluation, Row
-from ec_agents.rows import ALWAYS
+from ec_agents.evaluation.evaluate import BASELINES
+from ec_agents.evaluation.results import Evaluation, Row
+from ec_agents.evaluation.rows import ALWAYS
 from ec_agents.scoring import CentroidScorer
 from ec_agents.selection import Selector
 

@@ -11,9 +11,9 @@ from openai.resources.chat import AsyncCompletions, Completions
 from openai.types.chat import ChatCompletion, ParsedChatCompletion
 from pydantic import ValidationError
 
-from ec_agents.bodies import async_http_client, decoded
-from ec_agents.transport import PARAMETERS, ClientPerLoop, post_arguments
-from ec_agents.wire import decode_response
+from ec_agents.servers.body_reader import async_http_client, decoded
+from ec_agents.servers.transport import PARAMETERS, ClientPerLoop, post_arguments
+from ec_agents.servers.completions import decode_response
 
 
 def fast_logprobs(model: Any) -> Any:
