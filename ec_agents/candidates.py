@@ -271,3 +271,9 @@ class Trajectory:
     """Name of the task that the run is about."""
     steps: Sequence[Step] = ()
     """In the order in which they were taken."""
+
+
+TRUNCATED = frozenset({"length", "max_tokens", "model_length", "incomplete"})
+
+
+REFUSED = frozenset({"content_filter", "refusal", "safety", "blocklist", "prohibited_content"})

@@ -3,23 +3,20 @@
 The graph, the middleware and the chat model all prepare their model, read its messages and report their choices here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from langchain_core.language_models import LanguageModelInput
-from langchain_core.messages import AIMessage
-from langchain_core.runnables import Runnable
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.tools import BaseTool
 from pydantic import BaseModel, ValidationError
 
-from ec_agents.candidates import Candidate, CandidateSet, Selection
-from ec_agents.errors import FailedCall, LogprobsError, LogprobsMalformed
+from ec_agents.candidates import Candidate
+from ec_agents.errors import LogprobsError, LogprobsMalformed
 from ec_agents.logprobs import choice_candidate, response_candidates, token_signals
-from ec_agents.agents.quiet_model import SIGNALS_KEY, silent_model
-
-SHOWN_CHARACTERS = 400
-"""Most characters of each candidate's text that the decision in the state shows; every checkpoint has a copy of it."""
 
 
 def as_candidate(response: object, index: int) -> Candidate:
@@ -78,31 +75,6 @@ def message_candidate(message: AIMessage, index: int) -> Candidate:
     )
 
 
-def sampling_model(
-    model: Runnable[LanguageModelInput, AIMessage], tools: Sequence[Any] = (), top_logprobs: int | None = 20
-) -> Runnable[LanguageModelInput, AIMessage]:
-    """The model with its tools, asked for log-probabilities, neither streaming nor cached, out of sight of all streams.
-
-    What was bound to the model is bound again at the end, because ``bind_tools`` on a binding drops it.
-
-    Args:
-        model: A chat model, or one with ``.bind(...)``.
-        tools: Tools to bind.
-        top_logprobs: Alternatives to ask for at each token; None asks for nothing.
-
-    Raises:
-        ConfigError: It is no chat model.
-    """
-    silent, bound, config = silent_model(model)
-    prepared: Any = silent.bind_tools(tools) if tools else silent
-    return prepared.bind(**{**logprobs_settings(top_logprobs), **bound}).with_config(config)
-
-
-def logprobs_settings(top_logprobs: int | None) -> dict[str, Any]:
-    """The arguments that ask a model for log-probabilities; None asks for nothing."""
-    return {} if top_logprobs is None else {"logprobs": True, "top_logprobs": top_logprobs}
-
-
 def invalid_action(candidate: Candidate, tools: Mapping[str, BaseTool]) -> str | None:
     """What is wrong with a candidate's tool calls, if anything."""
     for call in candidate.tool_calls:
@@ -138,45 +110,40 @@ def bound_action_problem(candidate: Candidate, tools: Sequence[Any]) -> str | No
     return None
 
 
-def without_logprobs(message: AIMessage) -> AIMessage:
-    """The message without its log-probabilities and signals, which are too large to keep."""
-    dropped = ("logprobs", SIGNALS_KEY)
-    metadata = {key: value for key, value in message.response_metadata.items() if key not in dropped}
-    return message.model_copy(update={"response_metadata": metadata})
+SIGNALS_KEY = "ec_signals"
+"""Where ``response_metadata`` holds the packed signals, or why there are none."""
 
 
-def decision_record(drawn: CandidateSet, selection: Selection) -> dict[str, Any]:
-    """The evidence of a choice as builtins, small enough to stay on the message: ``response_metadata["ec_agents"]``."""
-    failures = {str(i): describe_failure(failure) for i, failure in drawn.failures.items()}
-    return {**selection.to_builtins(), "failures": failures, "usage": total_usage(drawn)}
+class OneChunkModel(BaseChatModel):
+    """A chat model that streams its whole answer as one chunk."""
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        chunk = _chunk(self._generate(messages, stop, run_manager, **kwargs))
+        if run_manager:
+            run_manager.on_llm_new_token(str(chunk.text), chunk=chunk)
+        yield chunk
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        chunk = _chunk(await self._agenerate(messages, stop, run_manager, **kwargs))
+        if run_manager:
+            await run_manager.on_llm_new_token(str(chunk.text), chunk=chunk)
+        yield chunk
 
 
-def outline(candidate: Candidate) -> dict[str, Any]:
-    """What a person wants to see of a candidate, as builtins."""
-    return {
-        "content": candidate.content,
-        "tool_calls": [dict(call) for call in candidate.tool_calls],
-        "finish_reason": candidate.finish_reason,
-        "flaws": dict(candidate.flaws),
-        "n_tokens": None if candidate.signals is None else candidate.signals.n_tokens,
-    }
-
-
-def shortened(found: dict[str, Any]) -> dict[str, Any]:
-    """An ``outline`` as checkpoints keep it: of a long text, the beginning and the end."""
-    text, half = found["content"], SHOWN_CHARACTERS // 2
-    return found if len(text) <= SHOWN_CHARACTERS else {**found, "content": f"{text[:half]} … {text[-half:]}"}
-
-
-def total_usage(drawn: CandidateSet) -> dict[str, int]:
-    """Tokens of all candidates together, and of responses that were thrown away, as far as they are reported."""
-    total = dict(drawn.spent)
-    for candidate in drawn.candidates:
-        for key, count in (candidate.usage or {}).items():
-            total[key] = total.get(key, 0) + count
-    return total
-
-
-def describe_failure(failure: BaseException) -> str:
-    """A failed call in one line."""
-    return str(failure) if isinstance(failure, FailedCall) else f"{type(failure).__name__}: {failure}"
+def _chunk(result: ChatResult) -> ChatGenerationChunk:
+    """The first answer as a stream of one chunk."""
+    message = cast("AIMessage", result.generations[0].message)
+    fields = {name: getattr(message, name) for name in type(message).model_fields if name != "type"}
+    return ChatGenerationChunk(message=AIMessageChunk(**fields, chunk_position="last"))

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ec_agents.candidates import Candidate, Reason, Selection
+from ec_agents.candidates import REFUSED, TRUNCATED, Candidate, Reason, Selection
 from ec_agents.errors import ConfigError, SelectionError
 from ec_agents.scoring import (
     CentroidScorer,
@@ -44,8 +44,6 @@ Groups = tuple[list[Candidate], list[Candidate]]
 SEVERITY = ("truncated", "degenerate_loop", "no_signal", "invalid_action", "refused", "empty")
 """Flaws from the mildest to the worst; a flaw of a guard of one's own ranks as ``invalid_action``."""
 
-TRUNCATED = frozenset({"length", "max_tokens", "model_length", "incomplete"})
-REFUSED = frozenset({"content_filter", "refusal", "safety", "blocklist", "prohibited_content"})
 _LOOP_CHARACTERS = 240
 _LOOP_REPEATS = 4
 

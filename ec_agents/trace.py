@@ -29,8 +29,8 @@ from typing import Any, Self, cast
 import msgspec
 
 from ec_agents.candidates import Candidate, Selection, Step, Trajectory
-from ec_agents.foreign_records import read_record
 from ec_agents.errors import LogprobsMalformed, StateError, TraceError
+from ec_agents.foreign_records import read_record
 from ec_agents.jsonl import Records, decoded, zstd
 
 TRACE_FORMAT = 1

@@ -7,11 +7,11 @@ from pathlib import Path
 from rich.console import Console
 
 from ec_agents import Selector
-from ec_agents.evaluation.factories import embedded_model
 from ec_agents.cli.evaluate import table_of
-from ec_agents.evaluation.tasks import check_embedded, read_tasks
+from ec_agents.evaluation.factories import embedded_model
 from ec_agents.evaluation.html import write_evaluation_report
 from ec_agents.evaluation.run import EvalRun, EvalSettings
+from ec_agents.evaluation.tasks import check_embedded, read_tasks
 from ec_agents.scoring import scorer_named
 
 SELECTORS = ("centroid", "centroid-short", "mean-entropy", "shortest", "majority-then-centroid")

@@ -1,12 +1,11 @@
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from helpers.paths import DATA
+from hypothesis import assume, given, settings, strategies as st
 
 from ec_agents.entropy import (
     PRESETS,
@@ -21,7 +20,7 @@ from ec_agents.entropy import (
 )
 from ec_agents.errors import ConfigError
 
-GOLDEN = json.loads((Path(__file__).parent / "data" / "golden.json").read_text())["cases"]
+GOLDEN = json.loads((DATA / "golden.json").read_text())["cases"]
 BAD_FLOATS = {None: math.nan, "nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 

@@ -1,19 +1,17 @@
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from helpers.paths import DATA
+from hypothesis import given, settings, strategies as st
 
 from ec_agents.candidates import Candidate, TokenSignals
 from ec_agents.entropy import token_entropies
 from ec_agents.errors import ConfigError, LogprobsMalformed, LogprobsMissing
 from ec_agents.logprobs import choice_candidate, response_candidates, token_signals
 
-DATA = Path(__file__).parent / "data"
 HALF = math.log(0.5)
 LOWEST = -3.4028234663852886e38
 

@@ -14,20 +14,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from helpers.paths import DATA
+from hypothesis import given, settings, strategies as st
 from langchain_core.messages import HumanMessage
 from langgraph.checkpoint.memory import InMemorySaver
 
+from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.candidates import Candidate, Step, TokenSignals
 from ec_agents.errors import TraceError
-from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.logprobs import choice_candidate
 from ec_agents.selection import select
 from ec_agents.testing import Reply, ScriptedChatModel, profile_logprobs
 from ec_agents.trace import REMOVED, TraceWriter, read_steps, read_trajectories
 
-PAYLOADS = Path(__file__).parent / "data" / "payloads"
+PAYLOADS = DATA / "payloads"
 
 
 def signals(entropies: Sequence[float]) -> TokenSignals:

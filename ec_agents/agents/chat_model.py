@@ -24,18 +24,16 @@ from langchain_core.tools import BaseTool
 from langsmith import tracing_context  # pyright: ignore[reportUnknownVariableType]
 from pydantic import PrivateAttr
 
-from ec_agents.servers.json_actions import ActionFormat
-from ec_agents.candidates import Candidate, CandidateSet, Selection
-from ec_agents.servers.chunks import OneChunkModel
+from ec_agents.agents.step import chosen_message, decide, record_step, step_name, stream_writer
 from ec_agents.agents.step_request import StepModel, StepRequest, calling
+from ec_agents.candidates import Candidate, CandidateSet, Selection
 from ec_agents.errors import ConfigError
-from ec_agents.messages import bound_action_problem, message_candidate
-from ec_agents.agents.recording import record_step, step_name
+from ec_agents.messages import OneChunkModel, bound_action_problem, message_candidate
+from ec_agents.policy import SamplingPolicy
 from ec_agents.sampling import check_sampling, run_blocking, sample
 from ec_agents.selection import Selector
-from ec_agents.agents.step import chosen_message, decide, stream_writer
+from ec_agents.servers.json_actions import ActionFormat
 from ec_agents.trace import TraceWriter
-from ec_agents.policy import SamplingPolicy
 
 _REMEMBERED = 1000
 """Runs whose last number is remembered."""

@@ -30,22 +30,27 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.prebuilt import ToolNode
 from langgraph.store.base import BaseStore
 
-from ec_agents.servers.json_actions import ActionFormat
-from ec_agents.candidates import FORMAT, Candidate, CandidateSet
-from ec_agents.agents.step_request import StepModel, StepRequest, calling
-from ec_agents.errors import FailedCall, StateError
-from ec_agents.messages import (
+from ec_agents.agents.step import (
+    Write,
+    announce,
+    chosen_message,
+    decide,
     describe_failure,
-    invalid_action,
-    message_candidate,
+    packed,
+    record_step,
+    stream_writer,
+    unpacked,
     without_logprobs,
 )
-from ec_agents.agents.recording import record_step
+from ec_agents.agents.step_request import StepModel, StepRequest, calling
+from ec_agents.candidates import FORMAT, Candidate, CandidateSet
+from ec_agents.errors import FailedCall, StateError
+from ec_agents.messages import invalid_action, message_candidate
+from ec_agents.policy import SamplingPolicy
 from ec_agents.sampling import check_sampling, run_blocking, sample
 from ec_agents.selection import Selector
-from ec_agents.agents.step import Write, announce, chosen_message, decide, packed, stream_writer, unpacked
+from ec_agents.servers.json_actions import ActionFormat
 from ec_agents.trace import TraceWriter
-from ec_agents.policy import SamplingPolicy
 
 Tool = BaseTool | Callable[..., Any] | dict[str, Any]
 State = Mapping[str, Any]

@@ -22,18 +22,26 @@ from langchain_core.tools import BaseTool
 from langgraph.func import task
 from langgraph.types import Command
 
-from ec_agents.servers.json_actions import ActionFormat
-from ec_agents.candidates import Candidate, CandidateSet
+from ec_agents.agents.step import (
+    Write,
+    announce,
+    chosen_message,
+    decide,
+    packed,
+    record_step,
+    stream_writer,
+    unpacked,
+    without_logprobs,
+)
 from ec_agents.agents.step_request import StepModels, StepRequest, Variants
+from ec_agents.candidates import Candidate, CandidateSet
 from ec_agents.errors import ConfigError
-from ec_agents.messages import invalid_action, message_candidate, without_logprobs
-from ec_agents.agents.quiet_model import SIGNALS_KEY
-from ec_agents.agents.recording import record_step
+from ec_agents.messages import SIGNALS_KEY, invalid_action, message_candidate
+from ec_agents.policy import SamplingPolicy
 from ec_agents.sampling import check_sampling, run_blocking, sample
 from ec_agents.selection import Selector
-from ec_agents.agents.step import Write, announce, chosen_message, decide, packed, stream_writer, unpacked
+from ec_agents.servers.json_actions import ActionFormat
 from ec_agents.trace import TraceWriter
-from ec_agents.policy import SamplingPolicy
 
 try:
     from langchain.agents import AgentState

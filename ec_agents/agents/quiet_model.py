@@ -18,10 +18,10 @@ from langchain_core.callbacks import (
     BaseCallbackManager,
     Callbacks,
 )
-from langchain_core.language_models import BaseChatModel
+from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.outputs import ChatResult, LLMResult
-from langchain_core.runnables import RunnableBinding, RunnableConfig
+from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
 from langchain_core.runnables.config import ensure_config, var_child_runnable_config
 from langchain_core.tools import BaseTool
 from langchain_core.tracers._streaming import _StreamingCallbackHandler
@@ -29,9 +29,7 @@ from langgraph.constants import TAG_NOSTREAM
 
 from ec_agents.errors import ConfigError, UnsupportedLogprobs
 from ec_agents.logprobs import is_packed, pack_logprobs, token_signals
-
-SIGNALS_KEY = "ec_signals"
-"""Where ``response_metadata`` holds the packed signals, or why there are none."""
+from ec_agents.messages import SIGNALS_KEY
 
 _FOR_LANGCHAIN = {"ls_structured_output_format", "structured_output_format"}
 """Arguments that are meant for LangChain and not for the model."""
@@ -293,3 +291,28 @@ def _without_streams(callbacks: Callbacks) -> Callbacks:
             quiet.remove_handler(handler)
         return quiet
     return [handler for handler in callbacks or () if not is_stream(handler)]
+
+
+def sampling_model(
+    model: Runnable[LanguageModelInput, AIMessage], tools: Sequence[Any] = (), top_logprobs: int | None = 20
+) -> Runnable[LanguageModelInput, AIMessage]:
+    """The model with its tools, asked for log-probabilities, neither streaming nor cached, out of sight of all streams.
+
+    What was bound to the model is bound again at the end, because ``bind_tools`` on a binding drops it.
+
+    Args:
+        model: A chat model, or one with ``.bind(...)``.
+        tools: Tools to bind.
+        top_logprobs: Alternatives to ask for at each token; None asks for nothing.
+
+    Raises:
+        ConfigError: It is no chat model.
+    """
+    silent, bound, config = silent_model(model)
+    prepared: Any = silent.bind_tools(tools) if tools else silent
+    return prepared.bind(**{**logprobs_settings(top_logprobs), **bound}).with_config(config)
+
+
+def logprobs_settings(top_logprobs: int | None) -> dict[str, Any]:
+    """The arguments that ask a model for log-probabilities; None asks for nothing."""
+    return {} if top_logprobs is None else {"logprobs": True, "top_logprobs": top_logprobs}

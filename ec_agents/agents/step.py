@@ -1,23 +1,27 @@
 """One step as the graph, the middleware and the chat model share it: its events, its evidence, its telemetry."""
 
+import logging
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
+from uuid import uuid4
 
 import msgspec
 from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackManager, Callbacks
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, LLMResult
-from langchain_core.runnables import Runnable
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import ensure_config
 from langgraph.config import get_stream_writer
 from langgraph.constants import TAG_NOSTREAM
 
-from ec_agents.candidates import Candidate, CandidateSet, Selection
-from ec_agents.errors import StateError
-from ec_agents.messages import decision_record, describe_failure, outline, shortened, without_logprobs
 from ec_agents.agents.quiet_model import is_stream, one_step
 from ec_agents.agents.telemetry import choice_span, sampling_span
+from ec_agents.candidates import Candidate, CandidateSet, Selection, Step
+from ec_agents.errors import FailedCall, StateError, TraceError
+from ec_agents.messages import SIGNALS_KEY
 from ec_agents.selection import Selector
+from ec_agents.trace import TraceWriter
 
 Write = Callable[[dict[str, Any]], None]
 """Takes one ``custom`` event."""
@@ -140,3 +144,107 @@ async def announce(message: AIMessage, asked: Sequence[BaseMessage], callbacks: 
     chunk = AIMessageChunk(content=message.content, tool_calls=message.tool_calls, id=message.id)
     await run.on_llm_new_token(str(message.text), chunk=ChatGenerationChunk(message=chunk))
     await run.on_llm_end(LLMResult(generations=[[ChatGeneration(message=message)]]))
+
+
+_log = logging.getLogger(__name__)
+
+
+def record_step(
+    trace: TraceWriter,
+    drawn: CandidateSet,
+    selection: Selection,
+    *,
+    config: RunnableConfig | None = None,
+    previous: Mapping[str, Any] | None = None,
+    seconds: float | None = None,
+) -> dict[str, Any]:
+    """Append a step to a trace. A trace that cannot be written is logged and does not stop the run.
+
+    The run is named by ``metadata["ec_run"]`` of the configuration, or its ``thread_id``, or as the step before, or
+    afresh; its task by ``metadata["ec_task"]``.
+
+    Args:
+        trace: Where to.
+        drawn: The candidates.
+        selection: The choice among them.
+        config: Configuration of the run.
+        previous: What this function returned for the step before; None at the first one.
+        seconds: How long it took to draw the candidates.
+
+    Returns:
+        ``run`` and ``step``: the name of the run and the number of the step, for the next call.
+    """
+    name = step_name(config, previous)
+    task = ensure_config(config).get("metadata", {}).get("ec_task")
+    step = Step(
+        run=name["run"],
+        number=name["step"],
+        task=None if task is None else str(task),
+        candidates=drawn.candidates,
+        selection=selection,
+        failures={i: describe_failure(failure) for i, failure in drawn.failures.items()},
+        seconds=seconds,
+        info={"spent": dict(drawn.spent)} if drawn.spent else {},
+    )
+    try:
+        trace.write(step)
+    except TraceError:
+        _log.exception("step %(step)d of run %(run)s is not in the trace", name)
+    return name
+
+
+def step_name(config: RunnableConfig | None, previous: Mapping[str, Any] | None) -> dict[str, Any]:
+    """``run`` and ``step``: how the step of a run with this configuration is named; see ``record_step``."""
+    settings = ensure_config(config)
+    named, thread = settings.get("metadata", {}).get("ec_run"), settings.get("configurable", {}).get("thread_id")
+    before = previous or {}
+    run = str(named or thread or before.get("run") or uuid4())
+    return {"run": run, "step": before["step"] + 1 if before.get("run") == run else 0}
+
+
+SHOWN_CHARACTERS = 400
+"""Most characters of each candidate's text that the decision in the state shows; every checkpoint has a copy of it."""
+
+
+def without_logprobs(message: AIMessage) -> AIMessage:
+    """The message without its log-probabilities and signals, which are too large to keep."""
+    dropped = ("logprobs", SIGNALS_KEY)
+    metadata = {key: value for key, value in message.response_metadata.items() if key not in dropped}
+    return message.model_copy(update={"response_metadata": metadata})
+
+
+def decision_record(drawn: CandidateSet, selection: Selection) -> dict[str, Any]:
+    """The evidence of a choice as builtins, small enough to stay on the message: ``response_metadata["ec_agents"]``."""
+    failures = {str(i): describe_failure(failure) for i, failure in drawn.failures.items()}
+    return {**selection.to_builtins(), "failures": failures, "usage": total_usage(drawn)}
+
+
+def outline(candidate: Candidate) -> dict[str, Any]:
+    """What a person wants to see of a candidate, as builtins."""
+    return {
+        "content": candidate.content,
+        "tool_calls": [dict(call) for call in candidate.tool_calls],
+        "finish_reason": candidate.finish_reason,
+        "flaws": dict(candidate.flaws),
+        "n_tokens": None if candidate.signals is None else candidate.signals.n_tokens,
+    }
+
+
+def shortened(found: dict[str, Any]) -> dict[str, Any]:
+    """An ``outline`` as checkpoints keep it: of a long text, the beginning and the end."""
+    text, half = found["content"], SHOWN_CHARACTERS // 2
+    return found if len(text) <= SHOWN_CHARACTERS else {**found, "content": f"{text[:half]} … {text[-half:]}"}
+
+
+def total_usage(drawn: CandidateSet) -> dict[str, int]:
+    """Tokens of all candidates together, and of responses that were thrown away, as far as they are reported."""
+    total = dict(drawn.spent)
+    for candidate in drawn.candidates:
+        for key, count in (candidate.usage or {}).items():
+            total[key] = total.get(key, 0) + count
+    return total
+
+
+def describe_failure(failure: BaseException) -> str:
+    """A failed call in one line."""
+    return str(failure) if isinstance(failure, FailedCall) else f"{type(failure).__name__}: {failure}"

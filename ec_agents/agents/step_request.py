@@ -15,15 +15,21 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableBinding, RunnableConfig
 
-from ec_agents.servers.acting import acting_in_json, json_request
-from ec_agents.servers.json_actions import ActionFormat
+from ec_agents.agents.quiet_model import logprobs_settings, silent_model
+from ec_agents.agents.step import Write, draw, total_usage
 from ec_agents.candidates import Candidate, CandidateSet
 from ec_agents.errors import ActionError, ConfigError, LogprobsMissing, SamplingError, UnsupportedLogprobs
-from ec_agents.servers.loops import loop_safe
-from ec_agents.messages import logprobs_settings, total_usage
-from ec_agents.agents.quiet_model import silent_model
-from ec_agents.servers.providers import Endpoint, complaint, endpoint_of, refuse_unsupported, remember, verdict_on, verify
-from ec_agents.agents.step import Write, draw
+from ec_agents.servers.fast_logprobs import loop_safe
+from ec_agents.servers.json_actions import ActionFormat, acting_in_json, json_request
+from ec_agents.servers.providers import (
+    Endpoint,
+    complaint,
+    endpoint_of,
+    refuse_unsupported,
+    remember,
+    verdict_on,
+    verify,
+)
 
 Options = Mapping[str, Any]
 Variants = Sequence[tuple[BaseChatModel, Options]]

@@ -17,10 +17,10 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from ec_agents.agents.graph import create_centroid_agent, unpack_candidates
 from ec_agents.candidates import Candidate, TokenSignals
 from ec_agents.embedded.tasks import Task, find_solution, make_tasks, replay
 from ec_agents.errors import SamplingError
-from ec_agents.agents.graph import create_centroid_agent, unpack_candidates
 from ec_agents.sampling import sample
 from ec_agents.scoring import CentroidScorer, FirstScorer, Scores
 from ec_agents.selection import Selector

@@ -6,21 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress as Bar,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ec_agents.embedded.tasks import FAMILIES
 from ec_agents.errors import ConfigError
+from ec_agents.evaluation.comparison import BASELINES, evaluate
 from ec_agents.evaluation.factories import Factory, embedded_agent, embedded_model
-from ec_agents.evaluation.tasks import checker, load, read_tasks
-from ec_agents.evaluation.evaluate import BASELINES, evaluate
+from ec_agents.evaluation.html import write_evaluation_report
 from ec_agents.evaluation.markdown import write_markdown
 from ec_agents.evaluation.outcomes import grade, read_outcomes
-from ec_agents.evaluation.html import write_evaluation_report
-from ec_agents.evaluation.results import Evaluation, Row
-from ec_agents.evaluation.rows import ALWAYS
 from ec_agents.evaluation.run import EvalRun, EvalSettings, Progress
+from ec_agents.evaluation.table import ALWAYS, Evaluation, Row
+from ec_agents.evaluation.tasks import checker, load, read_tasks
 from ec_agents.scoring import SCORERS, scorer_named
 from ec_agents.selection import Selector
 from ec_agents.trace import read_steps

@@ -20,10 +20,10 @@ try:
 except ImportError as error:
     raise SystemExit(f"ec-agents needs the extra 'cli' ({error}): pip install 'ec-agents[cli]'") from error
 
-from ec_agents import demo as demonstration
-from ec_agents.servers.probe import check_endpoint
-from ec_agents.embedded import EmbeddedChatModel
+from ec_agents.cli import demo as demonstration
 from ec_agents.cli.score import DEFAULT_SCORERS, score_rows, write_file, write_rows
+from ec_agents.embedded import EmbeddedChatModel
+from ec_agents.servers.probe import check_endpoint
 from ec_agents.trace import read_steps
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -110,7 +110,7 @@ def evaluate(
     top_logprobs: Annotated[int, typer.Option(help="Alternatives to ask for; 0 asks for nothing.", min=0)] = 20,
 ) -> None:
     """Say whether choosing helps on tasks with known answers, against every baseline, and what it costs."""
-    command = _extra("eval_command")
+    command = _extra("cli.evaluate")
     request = command.Request(
         tasks=tasks,
         out=out,
@@ -148,15 +148,15 @@ def report(
 ) -> None:
     """Show a trace or an evaluation as one HTML file that needs nothing else."""
     if source.name.endswith("evaluation.json"):
-        table, title = _extra("results").load_evaluation(source), source.parent.resolve().name
+        table, title = _extra("evaluation.table").load_evaluation(source), source.parent.resolve().name
         if out.suffix == ".md":
-            _extra("markdown").write_markdown(table, out, title=title)
+            _extra("evaluation.markdown").write_markdown(table, out, title=title)
         else:
-            _extra("report").write_evaluation_report(table, out, title=title)
-        written: list[Path] = [out, *(() if plots is None else _extra("plots").write_plots(table, plots))]
+            _extra("evaluation.html").write_evaluation_report(table, out, title=title)
+        written: list[Path] = [out, *(() if plots is None else _extra("evaluation.plots").write_plots(table, plots))]
     elif plots is None and out.suffix != ".md":
         steps = islice(read_steps(source), limit or None)
-        _extra("report").write_trace_report(steps, out, title=source.name, phases=phases)
+        _extra("evaluation.html").write_trace_report(steps, out, title=source.name, phases=phases)
         written = [out]
     else:
         raise ConfigError("--plots and .md files are of evaluations; give the evaluation.json of one")

@@ -14,13 +14,15 @@ from langgraph.pregel import Pregel
 from langgraph.types import StateSnapshot
 from pydantic import PrivateAttr
 
+from ec_agents.agents.graph import create_centroid_agent, unpack_candidates
+from ec_agents.agents.quiet_model import logprobs_settings, sampling_model
+from ec_agents.agents.step import describe_failure
 from ec_agents.candidates import Selection, Step
 from ec_agents.embedded import EmbeddedChatModel
 from ec_agents.embedded.engine import Request
 from ec_agents.embedded.tasks import call_calc, replay
 from ec_agents.evaluation.tasks import EvalTask, embedded_task
-from ec_agents.agents.graph import create_centroid_agent, unpack_candidates
-from ec_agents.messages import as_candidate, describe_failure, logprobs_settings, sampling_model
+from ec_agents.messages import as_candidate
 from ec_agents.selection import Selector
 
 RECURSION_LIMIT = 40

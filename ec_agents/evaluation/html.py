@@ -18,11 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ec_agents.candidates import Candidate, Selection, Step, TokenSignals
-from ec_agents.evaluation.charts import Axis, Series, bars, line_chart, linear_axis, log_axis, percent_axis
 from ec_agents.entropy import PhaseConfig, entropy_centroid
-from ec_agents.evaluation.evaluate import BASELINES
-from ec_agents.evaluation.results import Evaluation, Row
-from ec_agents.evaluation.rows import ALWAYS
+from ec_agents.evaluation.charts import Axis, Series, bars, line_chart, linear_axis, log_axis, percent_axis
+from ec_agents.evaluation.comparison import BASELINES
+from ec_agents.evaluation.table import ALWAYS, Evaluation, Row
 from ec_agents.scoring import CentroidScorer
 from ec_agents.selection import Selector
 
@@ -312,7 +311,7 @@ def _percent(value: float | None) -> str:
 
 
 def _asset(name: str) -> str:
-    return (resources.files("ec_agents") / "templates" / name).read_text(encoding="utf-8")
+    return (resources.files("ec_agents.evaluation") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:

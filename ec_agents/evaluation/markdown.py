@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ec_agents.evaluation.results import Difference, Evaluation, Row
 from ec_agents.evaluation.stats import Estimate
+from ec_agents.evaluation.table import Difference, Evaluation, Row
 
 Cells = Sequence[str]
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ec_agents.evaluation.results import Evaluation, Row
+from ec_agents.evaluation.table import Evaluation, Row
 
 try:
     from matplotlib.figure import Figure

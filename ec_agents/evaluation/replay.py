@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from ec_agents.candidates import Candidate, Selection
 from ec_agents.evaluation.outcomes import Graded
+from ec_agents.evaluation.stats import auroc, best_of_subset
 from ec_agents.scoring import FirstScorer
 from ec_agents.selection import Selector
-from ec_agents.evaluation.stats import auroc, best_of_subset
 
 Floats = NDArray[np.float64]
 

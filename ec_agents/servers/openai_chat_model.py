@@ -19,11 +19,11 @@ from langchain_core.runnables import Runnable
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
 
+from ec_agents.messages import OneChunkModel
 from ec_agents.servers.body_reader import async_http_client
-from ec_agents.servers.chunks import OneChunkModel
+from ec_agents.servers.completions import choice_message, wire_messages
 from ec_agents.servers.providers import capabilities, provider_of
 from ec_agents.servers.transport import Answer, ClientPerLoop, Transport
-from ec_agents.servers.completions import choice_message, wire_messages
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 

@@ -9,10 +9,10 @@ from typing import Any, cast
 import openai
 from langchain_core.messages import AIMessage, HumanMessage, convert_to_openai_messages
 
-from ec_agents.servers.json_actions import JsonActions
 from ec_agents.candidates import Candidate
 from ec_agents.errors import ActionError, ConfigError, EcAgentsError
 from ec_agents.logprobs import response_candidates
+from ec_agents.servers.json_actions import JsonActions
 from ec_agents.servers.providers import Capabilities, Endpoint, Verdict, capabilities, provider_of, remember, verify
 
 _TALK = "Write one sentence of about twenty words about the sea."

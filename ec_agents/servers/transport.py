@@ -13,9 +13,9 @@ import msgspec
 import openai
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
-from ec_agents.servers.body_reader import decoded
 from ec_agents.errors import ConfigError
 from ec_agents.logprobs import packed_length
+from ec_agents.servers.body_reader import decoded
 from ec_agents.servers.completions import decode_response, split_usage
 
 GATHERING = 0.002

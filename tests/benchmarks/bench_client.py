@@ -115,7 +115,8 @@ def ours(url: str, fan_out: Any) -> tuple[Step, Callable[[], Awaitable[Any]]]:
 
 def scored(model: Any) -> tuple[Step, Callable[[], Awaitable[Any]]]:
     """The model's N answers, drawn as agents draw them, as candidates ranked by their centroids."""
-    from ec_agents.messages import message_candidate, sampling_model
+    from ec_agents.agents.quiet_model import sampling_model
+    from ec_agents.messages import message_candidate
     from ec_agents.sampling import sample
     from ec_agents.scoring import CentroidScorer
 

@@ -1,0 +1,495 @@
+"""A step against a server: actions as JSON or natively, verdicts, refusals, seeds, event loops."""
+
+import asyncio
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import openai
+import pytest
+from langchain_core.messages import AIMessage
+from langchain_core.outputs import ChatGeneration, ChatResult
+from langchain_openai import ChatOpenAI
+from pydantic import PrivateAttr
+
+from ec_agents.agents.graph import create_centroid_agent
+from ec_agents.agents.step_request import StepModel, StepModels, StepRequest
+from ec_agents.embedded import EmbeddedChatModel
+from ec_agents.errors import ActionError, ConfigError, LogprobsMissing, SamplingError, UnsupportedLogprobs
+from ec_agents.policy import Limiter, SamplingPolicy
+from ec_agents.selection import Selector
+from ec_agents.servers.fast_logprobs import fast_logprobs
+from ec_agents.servers.openai_chat_model import OpenAIChatModel
+from ec_agents.testing import FaultServer, Reply, ScriptedChatModel
+from ec_agents.testing.server import completion
+
+ASK = {"messages": [("user", "what is 1 + 2?")]}
+
+
+def add(a: int, b: int = 2) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+def action(thought: str, action: Any) -> str:
+    return json.dumps({"thought": thought, "action": action})
+
+
+def respond(request: Any, *, measured: str | None = None, json_schema: bool = True) -> Any:
+    """A model that calls ``add`` and then answers, natively or as JSON; native calls may be without numbers."""
+    last = request["messages"][-1]
+    done = last["role"] == "tool" or "Result of add: 3" in str(last["content"])
+    if "response_format" in request and json_schema:
+        text = {"final_answer": "it is 3"} if done else {"tool": "add", "arguments": {"a": 1, "b": None}}
+        reply = Reply(content=action("I think", text), profile="!...")
+    elif done or "tools" not in request:
+        reply = Reply(content="it is 3")
+    else:
+        reply = Reply(tool_calls=[("add", {"a": 1})], profile=measured)
+    return completion([reply.message()], request)
+
+
+def measuring(request: Any) -> Any:
+    return respond(request, measured="!...")
+
+
+def chat(server: FaultServer, **options: Any) -> Any:
+    return ChatOpenAI(model="m", base_url=server.base_url, api_key="none", max_retries=0, **options)  # type: ignore[arg-type]
+
+
+def own(server: FaultServer, **options: Any) -> Any:
+    return OpenAIChatModel(model="m", base_url=server.base_url, max_retries=0, fan_out="requests", **options)  # type: ignore[call-arg]
+
+
+def fast(server: FaultServer, **options: Any) -> Any:
+    return fast_logprobs(chat(server, **options))
+
+
+CLIENTS = pytest.mark.parametrize("client", [chat, fast, own])
+
+
+def roles(request: Any) -> list[str]:
+    return [message["role"] for message in request["messages"]]
+
+
+# Actions as JSON
+
+
+@CLIENTS
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_actions_as_json_run_tools_and_are_measured(client: Callable[..., Any], way: str):
+    with FaultServer(respond) as server:
+        agent = create_centroid_agent(client(server), [add], n=2, action_format="json")
+        state = agent.invoke(ASK) if way == "invoke" else await agent.ainvoke(ASK)
+    _, called, result, final = state["messages"]
+    assert called.tool_calls[0]["args"] == {"a": 1}
+    assert result.content == "3"
+    assert (final.content, final.additional_kwargs["thought"]) == ("it is 3", "I think")
+    assert all(message.response_metadata["ec_agents"]["reason"] != "fallback" for message in (called, final))
+    assert len(server.requests) == 4
+    assert [roles(request) for request in server.requests[::2]] == [
+        ["system", "user"],
+        ["system", "user", "assistant", "user"],
+    ]
+    for request in server.requests:
+        assert request["response_format"]["json_schema"]["strict"] is True
+        assert "tools" not in request
+
+
+def test_the_users_own_extra_body_stays():
+    with FaultServer(respond) as server:
+        model = chat(server, extra_body={"top_k": 7})
+        create_centroid_agent(model, [add], n=1, action_format="json").invoke(ASK)
+        create_centroid_agent(model.bind(extra_body={"min_p": 0.1}), [add], n=1, action_format="json").invoke(ASK)
+    assert server.requests[0]["top_k"] == 7
+    assert server.requests[-1]["min_p"] == 0.1
+    assert all("response_format" in request for request in server.requests)
+
+
+def test_auto_uses_native_tool_calls_where_they_are_measured():
+    with FaultServer(measuring) as server:
+        state = create_centroid_agent(chat(server), [add], n=2).invoke(ASK)
+    assert state["messages"][-1].content == "it is 3"
+    assert all("tools" in request and "response_format" not in request for request in server.requests)
+
+
+@CLIENTS
+def test_auto_asks_again_as_json_where_they_are_not_and_remembers_it(
+    client: Callable[..., Any], caplog: pytest.LogCaptureFixture
+):
+    with FaultServer(respond) as server:
+        state = create_centroid_agent(client(server), [add], n=2).invoke(ASK)
+        assert state["messages"][-1].content == "it is 3"
+        assert ["tools" in request for request in server.requests] == [True, True, False, False, False, False]
+        assert "asking again, with actions as JSON" in caplog.text
+        create_centroid_agent(client(server), [add], n=2).invoke(ASK)
+        assert not any("tools" in request for request in server.requests[6:])
+
+
+@pytest.mark.parametrize(("name", "as_json"), [("gpt-4o", True), ("o3", False)])
+def test_auto_goes_by_the_table_before_anything_is_sent(name: str, *, as_json: bool):
+    model = StepModel(ChatOpenAI(model=name, api_key="k"), top_logprobs=20, action_format="auto")  # type: ignore[arg-type]
+    assert StepRequest(model, model.with_tools([add]), 2).writes_json() == as_json
+    assert StepRequest(model, {**model.options, "model": "gpt-4.1"}, 2, tools=True).writes_json()
+
+
+async def test_auto_learns_from_the_first_call_and_counts_what_was_spent():
+    with FaultServer(respond, faults=[None, *["hang"] * 7, *[None] * 16]) as server:
+        agent = create_centroid_agent(chat(server), [add], n=8)
+        state = await agent.ainvoke(ASK)
+    first, last = (m.response_metadata["ec_agents"] for m in state["messages"] if m.type == "ai")
+    assert ["tools" in request for request in server.requests] == [True] * 8 + [False] * 16
+    assert server.abandoned == 7
+    assert first["usage"] == {"input_tokens": 90, "output_tokens": 32, "total_tokens": 122}
+    assert last["usage"] == {"input_tokens": 80, "output_tokens": 32, "total_tokens": 112}
+
+
+async def test_auto_stays_native_where_some_tool_calls_are_measured(caplog: pytest.LogCaptureFixture):
+    replies = [Reply(tool_calls=[("add", {"a": 1})]), Reply(tool_calls=[("add", {"a": 1})], profile=None, delay=0.2)]
+    with FaultServer([*replies, Reply(content="3"), Reply(content="3")]) as server:
+        state = await create_centroid_agent(chat(server), [add], n=2).ainvoke(ASK)
+        assert all("tools" in request for request in server.requests)
+    record = state["messages"][1].response_metadata["ec_agents"]
+    assert sorted(score is None for score in record["scores"].values()) == [False, True]
+    assert "missing: 1 of 2 responses without log-probabilities, 1 of them tool calls" in caplog.text
+
+
+async def test_steps_that_are_under_way_while_another_one_learns_are_asked_again_too():
+    with FaultServer(respond) as server:
+        agents = [create_centroid_agent(chat(server), [add], n=2) for _ in range(4)]
+        states = await asyncio.gather(*[agent.ainvoke(ASK) for agent in agents])
+    for state in states:
+        records = [m.response_metadata["ec_agents"] for m in state["messages"] if m.type == "ai"]
+        assert all(score is not None for record in records for score in record["scores"].values())
+
+
+def test_native_tool_calls_without_numbers_end_the_step_and_stop_the_next():
+    with FaultServer(respond) as server:
+        agent = create_centroid_agent(chat(server), [add], n=2, action_format="native")
+        with pytest.raises(LogprobsMissing, match=r"m at http.*: its tool calls carry no .*action_format='json'"):
+            agent.invoke(ASK)
+        assert len(server.requests) == 2
+        with pytest.raises(UnsupportedLogprobs, match="an earlier response showed: m at http"):
+            agent.invoke(ASK)
+        with pytest.raises(UnsupportedLogprobs, match="an earlier response showed: m at http"):
+            create_centroid_agent(chat(server), [add], n=2, action_format="native")
+        assert len(server.requests) == 2
+
+
+def test_numbers_that_are_dropped_in_silence_end_the_step():
+    with FaultServer([Reply(content="hello")], faults=["null_logprobs"]) as server:
+        agent = create_centroid_agent(chat(server), n=2)
+        with pytest.raises(LogprobsMissing, match="2 of 2 responses without log-probabilities; serve the model with"):
+            agent.invoke(ASK)
+        with pytest.raises(UnsupportedLogprobs):
+            agent.invoke(ASK)
+        assert len(server.requests) == 2
+
+
+def test_without_log_probabilities_nothing_is_refused_or_verified():
+    with FaultServer(respond) as server:
+        agent = create_centroid_agent(chat(server), [add], n=2, top_logprobs=None)
+        assert agent.invoke(ASK)["messages"][-1].content == "it is 3"
+        assert "logprobs" not in server.requests[0]
+    create_centroid_agent(ChatOpenAI(model="o3", api_key="k"), [add], n=2, top_logprobs=None)  # type: ignore[arg-type]
+
+
+def test_a_provider_that_cannot_is_refused_when_the_agent_is_made():
+    with pytest.raises(UnsupportedLogprobs, match="reasoning models refuse"):
+        create_centroid_agent(ChatOpenAI(model="o3", api_key="k"))  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedLogprobs, match="at most 20 alternatives, and 21"):
+        create_centroid_agent(ChatOpenAI(model="gpt-4o", api_key="k"), top_logprobs=21)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedLogprobs, match="reasoning_effort='none' is needed; found 'low'"):
+        create_centroid_agent(ChatOpenAI(model="gpt-5.2", api_key="k").bind(reasoning_effort="low"))  # type: ignore[arg-type]
+
+
+def refusing(request: Any) -> Any:
+    if "response_format" in request:
+        raise ValueError("response_format is not supported")
+    return respond(request)
+
+
+@CLIENTS
+def test_a_server_that_refuses_schemas_is_a_clear_error(client: Callable[..., Any]):
+    with FaultServer(refusing) as server:
+        agent = create_centroid_agent(client(server), [add], n=2, action_format="json")
+        with pytest.raises(ActionError, match=r"http.* refuses response_format json_schema.*not supported; use action"):
+            agent.invoke(ASK)
+
+
+def test_a_server_that_ignores_schemas_is_a_clear_error():
+    with FaultServer(lambda request: respond(request, json_schema=False)) as server:
+        agent = create_centroid_agent(chat(server), [add], n=2, action_format="json")
+        with pytest.raises(ActionError, match="the JSON action .* found 'it is 3'; does this server"):
+            agent.invoke(ASK)
+
+
+def test_one_answer_that_is_no_json_is_a_failed_call():
+    replies = [Reply(content="it is 3"), Reply(content=action("", {"final_answer": "3"}))]
+    model = ScriptedChatModel(replies=replies)
+    state = create_centroid_agent(model, [add], n=2, action_format="json").invoke(ASK)
+    failures = state["messages"][-1].response_metadata["ec_agents"]["failures"]
+    assert [text.split(":")[0] for text in failures.values()] == ["ActionError"]
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_several_calls_at_once_all_run(*, parallel: bool):
+    calls = {"calls": [{"tool": "add", "arguments": {"a": a, "b": None}} for a in (1, 2)]}
+    replies = [Reply(content=action("both", calls)), Reply(content=action("", {"final_answer": "3 and 4"}))]
+    model = ScriptedChatModel(replies=replies)
+    bound = model if parallel else model.bind(parallel_tool_calls=False)
+    state = create_centroid_agent(bound, [add], n=1, action_format="json").invoke(ASK)
+    assert [m.content for m in state["messages"] if m.type == "tool"] == ["3", "4"]
+    sent = json.dumps(model.requests[0][1]["response_format"])
+    assert ('"calls"' in sent) == parallel
+    assert "parallel_tool_calls" not in model.requests[0][1]
+
+
+def test_a_tool_that_the_provider_runs_is_refused_before_anything_is_sent():
+    model = ScriptedChatModel(replies=[Reply(content="3")])
+    search = {"type": "web_search"}
+    with pytest.raises(ConfigError, match="found 'web_search', which the provider runs itself.*action_format='native'"):
+        create_centroid_agent(model, [add, search], n=1, action_format="json")
+    assert model.requests == []
+
+
+def test_a_model_that_binds_tools_in_its_own_way_is_a_clear_error():
+    class Odd(ScriptedChatModel):
+        def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
+            return super().bind_tools(tools, **kwargs) | (lambda message: message)
+
+    with pytest.raises(ConfigError, match="bind_tools.. of Odd must give a binding; found RunnableSequence"):
+        create_centroid_agent(Odd(), [add], n=1)
+
+
+def test_other_errors_of_the_server_stay_what_they_are():
+    with FaultServer(respond, faults=["status_500"]) as server:
+        agent = create_centroid_agent(chat(server), [add], n=2, action_format="json")
+        with pytest.raises(SamplingError, match="internal error"):
+            agent.invoke(ASK)
+
+
+@CLIENTS
+def test_an_answer_that_was_cut_off_is_flawed_and_not_lost(client: Callable[..., Any]):
+    with FaultServer(respond, faults=["length", None]) as server:
+        agent = create_centroid_agent(client(server), [add], n=2, action_format="json")
+        record = agent.invoke(ASK)["messages"][1].response_metadata["ec_agents"]
+    assert record["failures"] == {}
+    assert [list(flaws) for flaws in record["flaws"].values()] == [["truncated"]]
+
+
+@CLIENTS
+@pytest.mark.parametrize(("reason", "flaw"), [("length", "truncated"), ("content_filter", "refused")])
+def test_half_an_action_is_flawed_and_not_lost(client: Callable[..., Any], reason: str, flaw: str):
+    half = Reply(content='{"thought": "I', finish_reason=reason)
+    with FaultServer([half, Reply(content=action("I think", {"final_answer": "3"}))]) as server:
+        agent = create_centroid_agent(client(server), [add], n=2, action_format="json")
+        message = agent.invoke(ASK)["messages"][1]
+    record = message.response_metadata["ec_agents"]
+    assert message.content == "3"
+    assert record["failures"] == {}
+    assert [list(flaws) for flaws in record["flaws"].values()] == [[flaw]]
+
+
+@CLIENTS
+@pytest.mark.parametrize("action_format", ["native", "json"])
+def test_half_a_surrogate_pair_stops_no_step(client: Callable[..., Any], action_format: Any):
+    native = Reply(tool_calls=[("add", {"a": 1, "\ud83d": 2})])
+    as_json = Reply(content=action("\ud83d", {"tool": "add", "arguments": {"a": 1, "\ud83d": 2}}))
+    last = Reply(content=action("\ud83d", {"final_answer": "\ud83d"}) if action_format == "json" else "\ud83d")
+    first = as_json if action_format == "json" else native
+    with FaultServer([first, first, last, last]) as server:
+        agent = create_centroid_agent(client(server), [add], n=2, action_format=action_format)
+        messages = agent.invoke(ASK)["messages"]
+    assert messages[1].tool_calls[0]["args"] == {"a": 1, "?": 2}
+    assert messages[-1].content == "?"
+
+
+def test_a_private_attribute_of_a_model_that_changes_makes_it_ready_again():
+    models = StepModels(top_logprobs=20, action_format="auto")
+    model = Counting()
+    first = models.of(model)
+    assert models.of(model) is first
+    model._private = 2
+    assert models.of(model).model.invoke("hi").content == "2"
+
+
+class Counting(EmbeddedChatModel):
+    _private: int = PrivateAttr(default=1)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> ChatResult:
+        return ChatResult(generations=[ChatGeneration(message=AIMessage(str(self._private)))])
+
+
+def test_models_without_a_server_stay_native_and_fall_back():
+    model = ScriptedChatModel(replies=[Reply(tool_calls=[("add", {"a": 1})], profile=None), Reply(content="3")])
+    state = create_centroid_agent(model, [add], n=1).invoke(ASK)
+    assert state["messages"][1].response_metadata["ec_agents"]["scores"] == {"0": None}
+
+
+def test_actions_as_json_work_with_any_chat_model():
+    replies = [
+        Reply(content=action("x", {"tool": "add", "arguments": {"a": 1, "b": 2}})),
+        Reply(content=action("", {"final_answer": "3"})),
+    ]
+    model = ScriptedChatModel(replies=replies)
+    state = create_centroid_agent(model, [add], n=1, action_format="json").invoke(ASK)
+    assert state["messages"][-1].content == "3"
+    assert "response_format" in model.requests[0][1]
+
+
+def test_problems_that_are_merely_odd_are_logged_once(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.WARNING)
+    with FaultServer([Reply(content=str(i)) for i in range(4)]) as server:
+        for _ in range(2):
+            create_centroid_agent(chat(server), n=2).invoke(ASK)
+    assert caplog.text.count("4 alternatives a token, 20 were asked for") == 1
+
+
+def excessive(payload: Any) -> Any:
+    """Every token has one more alternative, and the drawn one no number of its own."""
+    for choice in payload["choices"]:
+        for token in choice["logprobs"]["content"]:
+            token["top_logprobs"].append({"token": "x", "bytes": [120], "logprob": -0.01})
+            token["logprob"] = -9999.0
+    return payload
+
+
+@CLIENTS
+def test_numbers_that_are_no_probabilities_are_logged(client: Callable[..., Any], caplog: pytest.LogCaptureFixture):
+    with FaultServer(lambda request: excessive(completion([Reply(content="hi").message()], request))) as server:
+        create_centroid_agent(client(server), n=2).invoke(ASK)
+    assert "sums: the alternatives of a token have a total probability of 1.99" in caplog.text
+    assert "sentinels: 8 of 8 drawn tokens have no number of their own" in caplog.text
+
+
+# Candidates differ
+
+
+@pytest.mark.parametrize("bound", [True, False])
+@CLIENTS
+def test_seeds_differ_between_candidates(client: Callable[..., Any], bound: Any):
+    with FaultServer([Reply(content="hi")]) as server:
+        model = client(server).bind(seed=40) if bound else client(server, seed=40)
+        create_centroid_agent(model, n=4).invoke(ASK)
+    assert sorted(request["seed"] for request in server.requests) == [40, 41, 42, 43]
+
+
+def test_without_a_seed_none_is_sent():
+    with FaultServer([Reply(content="hi")]) as server:
+        create_centroid_agent(chat(server), n=2).invoke(ASK)
+    assert not any("seed" in request for request in server.requests)
+
+
+def test_a_seeded_embedded_model_gives_different_candidates_every_time_the_same():
+    ask = {"messages": [("user", "Ann has 12. Bob has 5 more than Ann. How many has Bob?")]}
+
+    def texts() -> list[str]:
+        state = create_centroid_agent(EmbeddedChatModel(seed=3, temperature=2.0), n=4).invoke(ask)
+        return [outline["content"] for outline in state["ec_decision"]["candidates"].values()]
+
+    assert len(set(texts())) > 1
+    assert texts() == texts()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [EmbeddedChatModel(temperature=0.0), EmbeddedChatModel().bind(temperature=0), EmbeddedChatModel(temperature=0)],
+)
+def test_temperature_0_with_several_candidates_is_refused_with_the_reason(model: Any):
+    with pytest.raises(ConfigError, match="temperature is 0, so that all 2 candidates would be equal .* or n=1"):
+        create_centroid_agent(model, n=2)
+    create_centroid_agent(model, n=1)
+
+
+def test_an_unknown_action_format_is_refused():
+    with pytest.raises(ConfigError, match="action_format must be one of .*; found 'xml'"):
+        create_centroid_agent(ScriptedChatModel(), n=1, action_format="xml")  # type: ignore[arg-type]
+
+
+# Event loops, threads, the wire
+
+
+@CLIENTS
+def test_one_agent_may_be_run_in_any_loop_and_thread(client: Callable[..., Any]):
+    with FaultServer([Reply(content="hi")]) as server:
+        policy = SamplingPolicy(limiter=Limiter(3))
+        agent = create_centroid_agent(client(server), n=4, policy=policy)
+
+        async def main() -> Any:
+            return await agent.ainvoke(ASK)
+
+        texts = [agent.invoke(ASK)["messages"][-1].content]
+        texts += [asyncio.run(main())["messages"][-1].content for _ in range(3)]
+        threads = [
+            threading.Thread(target=lambda: texts.append(agent.invoke(ASK)["messages"][-1].content)) for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert texts == ["hi"] * 7
+        assert len(server.requests) == 28
+
+
+@CLIENTS
+async def test_an_agents_losing_requests_are_cancelled_on_the_wire(client: Callable[..., Any]):
+    faults = ["hang", None, "hang", None]
+    with FaultServer([Reply(content="hi")], faults=faults) as server:
+        agent = create_centroid_agent(client(server), n=4, policy=SamplingPolicy(first=2))
+        state = await agent.ainvoke(ASK)
+        async with asyncio.timeout(20):
+            while server.abandoned < 2 or server.in_flight:  # noqa: ASYNC110 - the server has no event for it
+                await asyncio.sleep(0.01)
+    record = state["messages"][-1].response_metadata["ec_agents"]
+    assert len(record["scores"]) == 2
+    assert len(record["failures"]) == 2
+
+
+def test_a_client_of_the_users_own_is_left_alone():
+    with FaultServer([Reply(content="hi")]) as server:
+
+        async def main() -> str:
+            async with openai.DefaultAsyncHttpxClient(headers={"x-mine": "yes"}) as http:
+                agent = create_centroid_agent(chat(server, http_async_client=http), n=1)
+                return (await agent.ainvoke(ASK))["messages"][-1].content
+
+        assert asyncio.run(main()) == "hi"
+        assert server.headers[0]["x-mine"] == "yes"
+
+
+def test_the_selector_still_decides_where_single_responses_lack_numbers():
+    with FaultServer([Reply(content="hi")], faults=["null_logprobs", None, None]) as server:
+        agent = create_centroid_agent(chat(server), n=3, selector=Selector(fallback="raise"))
+        record = agent.invoke(ASK)["messages"][-1].response_metadata["ec_agents"]
+    assert sum(score is None for score in record["scores"].values()) == 1
+
+
+FORK = """
+import os
+from ec_agents.sampling import run_blocking
+
+async def answer():
+    return 42
+
+assert run_blocking(answer) == 42
+child = os.fork()
+if child == 0:
+    # The loop came along and its thread did not: without a loop of its own the child would wait for ever.
+    os._exit(0 if run_blocking(answer) == 42 else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert run_blocking(answer) == 42
+print("both answered")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_has_a_loop_of_its_own():
+    command = [sys.executable, "-c", FORK]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout.strip() == "both answered", done.stderr
