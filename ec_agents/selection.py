@@ -4,13 +4,14 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeGuard, cast
 
 import numpy as np
 
 from ec_agents.candidates import REFUSED, TRUNCATED, Candidate, Reason, Selection
 from ec_agents.errors import ConfigError, SelectionError
 from ec_agents.scoring import (
+    SCORERS,
     CentroidScorer,
     CountsVotes,
     FindsPhases,
@@ -20,6 +21,7 @@ from ec_agents.scoring import (
     Scorer,
     action_key,
     normal_chance,
+    scorer_named,
 )
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "Guard",
     "Selector",
     "action_key",
+    "as_selector",
     "degenerate_loop",
     "empty",
     "refused",
@@ -107,7 +110,7 @@ class Selector:
     """How one of the candidates is chosen.
 
     Raises:
-        ConfigError: ``min_tokens`` is negative, or ``fallback`` is neither a scorer nor ``"raise"``.
+        ConfigError: A field is of the wrong type or out of range.
     """
 
     scorer: Scorer = field(default_factory=CentroidScorer)
@@ -122,11 +125,17 @@ class Selector:
     """Decides when no candidate can be scored; ``"raise"`` raises ``SelectionError``."""
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
-        if self.min_tokens < 0:
-            raise ConfigError(f"min_tokens must be 0 or more; found {self.min_tokens}")
-        if not (self.fallback == "raise" or callable(self.fallback)):
-            raise ConfigError(f"fallback must be a scorer or 'raise'; found {self.fallback!r}")
+        """Check the fields."""
+        if not _is_scorer(self.scorer):
+            raise ConfigError(f"scorer must be a Scorer, such as CentroidScorer(); found {_found(self.scorer)}")
+        if self.tie_break is not None and not _is_scorer(self.tie_break):
+            raise ConfigError(f"tie_break must be a Scorer or None; found {_found(self.tie_break)}")
+        if self.fallback != "raise" and not _is_scorer(self.fallback):
+            raise ConfigError(f"fallback must be a Scorer or 'raise'; found {_found(self.fallback)}")
+        if type(self.min_tokens) is not int or self.min_tokens < 0:
+            raise ConfigError(f"min_tokens must be an integer of 0 or more; found {self.min_tokens!r}")
+        if not _is_guards(self.guards):
+            raise ConfigError(f"guards must be a mapping of flaw names to functions; found {_found(self.guards)}")
 
     def __call__(self, candidates: Sequence[Candidate]) -> Selection:
         """Choose one of the candidates.
@@ -234,11 +243,43 @@ class Selector:
         return self.fallback
 
 
-def select(candidates: Sequence[Candidate], selector: Selector | None = None) -> Selection:
-    """Choose one of the candidates of a step; by default the one with the lowest entropy centroid.
+def as_selector(selector: Selector | Scorer | str | None = None) -> Selector:
+    """Return the selector that an argument called ``selector`` stands for.
+
+    Args:
+        selector: A ``Selector``; a scorer or a vote, which then ranks; the name of one in ``SCORERS``; None for the
+            entropy centroid.
 
     Raises:
-        ConfigError: There is no candidate, or two have the same index.
+        ConfigError: It is anything else.
+
+    Example:
+        >>> as_selector("majority").scorer.name
+        'majority'
+    """
+    if isinstance(selector, Selector):
+        return selector
+    if selector is None:
+        return Selector()
+    if isinstance(selector, str):
+        return Selector(scorer=scorer_named(selector))
+    if _is_scorer(selector):
+        return Selector(scorer=selector)
+    raise ConfigError(
+        "selector must be a Selector, a scorer or vote such as CentroidScorer(), the name of one, or None; "
+        f"found {_found(selector)}. Known names: {', '.join(SCORERS)}"
+    )
+
+
+def select(candidates: Sequence[Candidate], selector: Selector | Scorer | str | None = None) -> Selection:
+    """Choose one of the candidates of a step.
+
+    Args:
+        candidates: The candidates, each with an index of its own.
+        selector: A ``Selector``, a scorer or vote, or the name of one; None takes the lowest entropy centroid.
+
+    Raises:
+        ConfigError: There is no candidate, two have the same index, or ``selector`` is none of these.
         SelectionError: No candidate could be scored, and the selector's fallback is ``"raise"``.
 
     Example:
@@ -246,7 +287,27 @@ def select(candidates: Sequence[Candidate], selector: Selector | None = None) ->
         >>> select([Candidate(index=0, content="42")]).reason
         'only_one'
     """
-    return (selector or Selector())(candidates)
+    return as_selector(selector)(candidates)
+
+
+def _is_scorer(value: object) -> TypeGuard[Scorer]:
+    """Whether a value is an instance of a scorer; a class is not, though it has the attributes of one."""
+    best: object = getattr(value, "best", None)
+    is_named = isinstance(getattr(value, "name", None), str)
+    return callable(value) and not isinstance(value, type) and is_named and best in ("lowest", "highest")
+
+
+def _is_guards(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and callable(guard) for name, guard in cast("Mapping[object, object]", value).items()
+    )
+
+
+def _found(value: object) -> str:
+    """What was found in place of a scorer or selector."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}; pass an instance, {value.__name__}(...)"
+    return f"{type(value).__name__} {value!r:.80}"
 
 
 def _scores(scorer: Scorer, candidates: Sequence[Candidate]) -> dict[int, float | None]:

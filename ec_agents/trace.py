@@ -29,7 +29,7 @@ from typing import Any, Self, cast
 import msgspec
 
 from ec_agents.candidates import Candidate, Selection, Step, Trajectory
-from ec_agents.errors import LogprobsMalformed, StateError, TraceError
+from ec_agents.errors import ConfigError, LogprobsMalformed, StateError, TraceError
 from ec_agents.foreign_records import read_record
 from ec_agents.jsonl import Records, decoded, zstd
 
@@ -136,6 +136,28 @@ class TraceWriter:
         if isinstance(value, list | tuple):
             return [self._clean(item) for item in cast("Sequence[Any]", value)]
         return value
+
+
+def as_trace_writer(trace: TraceWriter | str | Path | None) -> TraceWriter | None:
+    """Return the writer that an argument called ``trace`` stands for.
+
+    Args:
+        trace: A ``TraceWriter``; the path of a trace, which is opened for appending; None for no trace.
+
+    Raises:
+        ConfigError: It is anything else, or compression is asked for and zstandard is not installed.
+        TraceError: The file cannot be opened.
+    """
+    if trace is None or isinstance(trace, TraceWriter):
+        return trace
+    try:
+        path = Path(trace)
+    except TypeError as error:
+        raise ConfigError(
+            "trace must be a TraceWriter, the path of a .jsonl or .jsonl.zst file, or None; "
+            f"found {type(trace).__name__} {trace!r:.80}"
+        ) from error
+    return TraceWriter(path)
 
 
 def read_steps(path: str | Path, *, group_by: str | None = None) -> Iterator[Step]:

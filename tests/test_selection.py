@@ -11,8 +11,16 @@ from hypothesis import given, strategies as st
 
 from ec_agents.candidates import Candidate, TokenSignals
 from ec_agents.errors import ConfigError, SelectionError
-from ec_agents.scoring import SCORERS, CentroidScorer, FirstScorer, RandomScorer, Scorer, StandardizedCentroidScorer
-from ec_agents.selection import DEFAULT_GUARDS, SEVERITY, Selector, action_key, degenerate_loop, select
+from ec_agents.scoring import (
+    SCORERS,
+    CentroidScorer,
+    FirstScorer,
+    MajorityVote,
+    RandomScorer,
+    Scorer,
+    StandardizedCentroidScorer,
+)
+from ec_agents.selection import DEFAULT_GUARDS, SEVERITY, Selector, action_key, as_selector, degenerate_loop, select
 
 
 def signals(entropies: Any) -> TokenSignals:
@@ -161,9 +169,9 @@ def test_no_candidates_or_equal_indexes_are_refused(bad: list[Candidate]):
 
 
 def test_wrong_arguments_are_refused():
-    with pytest.raises(ConfigError, match="min_tokens must be 0 or more; found -1"):
+    with pytest.raises(ConfigError, match="min_tokens must be an integer of 0 or more; found -1"):
         Selector(min_tokens=-1)
-    with pytest.raises(ConfigError, match="fallback must be a scorer or 'raise'; found 'first'"):
+    with pytest.raises(ConfigError, match="fallback must be a Scorer or 'raise'; found str 'first'"):
         Selector(fallback="first")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="scorer 'fixed' must return 2 scores"):
         Selector(scorer=Fixed([1.0]))([candidate(0), candidate(1)])
@@ -257,3 +265,68 @@ def test_candidates_survive_the_state_exactly(entropies: list[float], flaws: dic
     for field in ("entropies", "logprobs", "confidences"):
         np.testing.assert_array_equal(getattr(after.signals, field), getattr(before.signals, field))
     assert dataclasses.replace(after, signals=None) == dataclasses.replace(before, signals=None)
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_selector_by_name(name: str):
+    """Every known name, and the scorer of that name, stand for the same selector."""
+    scorer = SCORERS[name]()
+    assert as_selector(name).scorer.name == as_selector(scorer).scorer.name == scorer.name
+    assert as_selector(scorer).scorer is scorer
+
+
+def test_selector_defaults():
+    """A selector is returned as it is; None takes the centroid."""
+    selector = Selector(scorer=MajorityVote(), min_tokens=3)
+    assert as_selector(selector) is selector
+    assert isinstance(as_selector(None).scorer, CentroidScorer)
+    assert select([candidate(0), candidate(1, 2)], CentroidScorer()).chosen == 1
+    assert select([candidate(0), candidate(1, 2)], "first").selector == "first"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        (CentroidScorer, "the class CentroidScorer; pass an instance"),
+        (Selector, "the class Selector"),
+        (lambda rows: [0.0 for _ in rows], "function"),
+        ({}, "dict {}"),
+        (8, "int 8"),
+        (False, "bool False"),
+        (SCORERS, "dict"),
+    ],
+)
+def test_selector_of_a_wrong_type(wrong: Any, found: str):
+    """Anything else is refused with what was found and the known names."""
+    with pytest.raises(ConfigError, match=f"found {found}.*Known names: centroid, .*majority"):
+        select([candidate(0), candidate(1)], wrong)
+
+
+@pytest.mark.parametrize("unknown", ["majoriti", "", "Centroid"])
+def test_selector_of_an_unknown_name(unknown: str):
+    with pytest.raises(ConfigError, match=f"{unknown!r}; known: centroid"):
+        as_selector(unknown)
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("scorer", "majority"),
+        ("scorer", CentroidScorer),
+        ("scorer", None),
+        ("tie_break", "first"),
+        ("tie_break", FirstScorer),
+        ("fallback", None),
+        ("fallback", FirstScorer),
+        ("min_tokens", "20"),
+        ("min_tokens", True),
+        ("min_tokens", math.nan),
+        ("guards", None),
+        ("guards", [degenerate_loop]),
+        ("guards", {"rude": "rude"}),
+    ],
+)
+def test_selector_field_of_a_wrong_type(field: str, wrong: Any):
+    """Fields are checked at construction, not when the responses are paid for."""
+    with pytest.raises(ConfigError, match=field):
+        Selector(**{field: wrong})

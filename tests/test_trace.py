@@ -21,11 +21,11 @@ from langgraph.checkpoint.memory import InMemorySaver
 
 from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.candidates import Candidate, Step, TokenSignals
-from ec_agents.errors import TraceError
+from ec_agents.errors import ConfigError, TraceError
 from ec_agents.logprobs import choice_candidate
 from ec_agents.selection import select
 from ec_agents.testing import Reply, ScriptedChatModel, profile_logprobs
-from ec_agents.trace import REMOVED, TraceWriter, read_steps, read_trajectories
+from ec_agents.trace import REMOVED, TraceWriter, as_trace_writer, read_steps, read_trajectories
 
 PAYLOADS = DATA / "payloads"
 
@@ -533,3 +533,34 @@ def test_writing_needs_no_event_loop_and_no_framework(tmp_path: Path):
     thread.start()
     thread.join()
     assert len(list(read_steps(tmp_path / "t.jsonl"))) == 1
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_writer_by_path(tmp_path: Path, kind: type[str] | type[Path]):
+    """A path stands for a writer that appends to it."""
+    path = tmp_path / "runs" / "trace.jsonl"
+    for number in range(2):
+        writer = as_trace_writer(kind(path))
+        assert writer is not None
+        with writer:
+            writer.write(step(number=number))
+    assert [found.number for found in read_steps(path)] == [0, 1]
+
+
+def test_writer_as_it_is(tmp_path: Path):
+    with TraceWriter(tmp_path / "trace.jsonl") as writer:
+        assert as_trace_writer(writer) is writer
+    assert as_trace_writer(None) is None
+
+
+@pytest.mark.parametrize("wrong", [1, True, b"trace.jsonl", {}, TraceWriter, sys.stdout])
+def test_writer_of_a_wrong_type(wrong: Any):
+    """Anything else is refused with what was found."""
+    with pytest.raises(ConfigError, match=f"trace must be a TraceWriter, the path .*found {type(wrong).__name__} "):
+        as_trace_writer(wrong)
+
+
+@pytest.mark.parametrize("directory", ["", "."])
+def test_writer_that_cannot_be_opened(directory: str):
+    with pytest.raises(TraceError, match="cannot be opened for writing"):
+        as_trace_writer(directory)
