@@ -77,5 +77,5 @@ from ec_agents.trace import (
     read_trajectories as read_trajectories,
 )
 
-_HOME_OF: dict[str, str]
+__version__: str
 __all__: list[str]

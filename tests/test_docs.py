@@ -11,7 +11,6 @@ from helpers.paths import ROOT
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-STAGE = re.compile(r'"""Stage (\d) - (\w+): (.*?)\.(?:"""|\n)')
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -35,13 +34,14 @@ def test_every_example_runs(example: Path):
     assert done.stdout
 
 
-def test_the_stage_table_of_the_readme_is_what_the_modules_say():
-    modules = [*ROOT.glob("ec_agents/*.py"), *ROOT.glob("ec_agents/*/__init__.py")]
-    stages = {path: STAGE.match(path.read_text(encoding="utf-8")) for path in modules}
-    shown = {path: str(path.relative_to(ROOT)).removesuffix("__init__.py") for path in modules}
-    expected = {f"| {m[1]} {m[2]} | `{shown[path]}` | {m[3]} |" for path, m in stages.items() if m}
-    found = set(re.findall(r"^\| \d \w+ \| .*\|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
-    assert found == expected
+def test_module_map():
+    """The map for contributors has a row for each module of the core and for each wing, and no others."""
+    modules = {path.stem for path in ROOT.glob("ec_agents/[a-z]*.py")}
+    wings = {f"{path.parent.name}/" for path in ROOT.glob("ec_agents/*/__init__.py")}
+    rows = re.findall(
+        r"^\| `([a-z_]+/?)` \|", (ROOT / "docs/contributing.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted(rows) == sorted(modules | wings)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
