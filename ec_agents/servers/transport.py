@@ -103,8 +103,9 @@ class _Batch:
     """Equal calls that become one request."""
 
     slots: list[asyncio.Future[Answer | None]] = field(default_factory=list[asyncio.Future[Answer | None]])
-    """One a call; None: the call has to send a request of its own."""
+    """One per call; None tells the call to send its own request."""
     task: asyncio.Task[None] | None = None
+    """Sends the request; set as soon as the batch is open."""
 
 
 class Transport:
@@ -158,32 +159,48 @@ class Transport:
         return _answers(decode_response(client.post(**_asking(payload, n)), n), n)
 
     async def _share(self, payload: Payload, n_max: int) -> Answer | None:
-        """A choice of the request that all equal calls share; None if it has too few."""
+        """A choice of the request that all equal calls share; None if it returned too few."""
         loop = asyncio.get_running_loop()
         key = loop, msgspec.json.encode(payload, enc_hook=repr)
         batch = self._open.get(key)
         if batch is None:
             batch = self._open[key] = _Batch()
-            batch.task = loop.create_task(self._send(key, payload, batch.slots, n_max))
+            batch.task = loop.create_task(self._send(key, payload, batch, n_max))
+            # Not at the end of the coroutine, which never runs if its task is cancelled before it starts.
+            batch.task.add_done_callback(lambda _, batch=batch: self._release(key, batch))
         slot: asyncio.Future[Answer | None] = loop.create_future()
         batch.slots.append(slot)
         try:
             return await slot
         except asyncio.CancelledError:
             if batch.task is not None and all(other.done() for other in batch.slots):
+                self._close(key, batch)  # a call that joined from here on would never be answered
                 batch.task.cancel()
                 await asyncio.wait([batch.task])
             raise
 
-    async def _send(self, key: Any, payload: Payload, slots: list[asyncio.Future[Answer | None]], n_max: int) -> None:
+    def _close(self, key: Any, batch: _Batch) -> None:
+        """Let no further call join the batch."""
+        if self._open.get(key) is batch:
+            del self._open[key]
+
+    def _release(self, key: Any, batch: _Batch) -> None:
+        """Let the calls that are still waiting for the batch send their own requests."""
+        self._close(key, batch)
+        for slot in batch.slots:
+            if not slot.done():
+                slot.set_result(None)
+
+    async def _send(self, key: Any, payload: Payload, batch: _Batch, n_max: int) -> None:
         """Wait for more equal calls, send one request for all, and give each call its choice."""
+        await asyncio.sleep(GATHERING)
+        self._close(key, batch)
+        await self._distribute(payload, [slot for slot in batch.slots if not slot.done()], n_max)
+
+    async def _distribute(self, payload: Payload, waiting: list[asyncio.Future[Answer | None]], n_max: int) -> None:
+        """Send one request for the calls that are waiting; all of them get its failure, if it fails."""
         answers: list[Answer] = []
         failure: Exception | None = None
-        try:
-            await asyncio.sleep(GATHERING)
-        finally:
-            del self._open[key]
-        waiting = [slot for slot in slots if not slot.done()]
         try:
             answers = await self._fetch(payload, min(n_max, len(waiting)))
         except Exception as error:  # noqa: BLE001 - it is raised where the calls wait
