@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from itertools import count
@@ -26,6 +26,10 @@ LONGEST_RETRY_AFTER = 120.0
 """Seconds; a server that asks for a longer wait is not asked again."""
 
 _RETRIED = frozenset((408, 409, 425, 429))
+_VERDICTS = {"true": True, "false": False}
+"""What the header ``x-should-retry`` says."""
+_NO_CREDIT = frozenset(("insufficient_quota", "billing_hard_limit_reached", "billing_not_active"))
+"""Codes of a 429 that waiting does not cure."""
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0
 
 
@@ -187,9 +191,10 @@ async def finish(tasks: Iterable[asyncio.Task[Any]], enough: Callable[[], bool],
 
 
 def retry_delay(failure: BaseException, tries: int) -> float | None:
-    """Seconds to wait before a failed request may be sent again; None: it must not be.
+    """Seconds to wait before a failed request may be sent again; None if it must not be.
 
-    Without ``Retry-After`` the wait doubles from 0.5 to 8 s, less up to a quarter at random.
+    ``x-should-retry`` takes precedence over the status. Without ``Retry-After-Ms`` or ``Retry-After`` the wait doubles
+    from 0.5 to 8 s, less up to a quarter at random.
 
     Args:
         failure: What the client raised; its class may be any library's.
@@ -197,13 +202,28 @@ def retry_delay(failure: BaseException, tries: int) -> float | None:
     """
     response = getattr(failure, "response", None)
     status = next((s for s in _attributes((failure, response), "status_code", "status") if isinstance(s, int)), None)
-    if not (_lost_connection(failure) if status is None else status in _RETRIED or status >= 500):
+    found = next((h for h in _attributes((response, failure), "headers") if hasattr(h, "items")), None)
+    headers = {str(name).lower(): str(value) for name, value in cast("Mapping[Any, Any]", found or {}).items()}
+    verdict = None if status is None else _VERDICTS.get(headers.get("x-should-retry", "").strip().lower())
+    if not (_is_temporary(failure, status) if verdict is None else verdict):
         return None
-    headers = next((h for h in _attributes((response, failure), "headers") if hasattr(h, "get")), None)
-    told = None if headers is None else _retry_after(cast("Mapping[str, str]", headers))
+    told = _retry_after(headers)
     if told is None:
         return min(_FIRST_WAIT * 2 ** min(tries, 10), _LONGEST_WAIT) * random.uniform(0.75, 1)
     return told + random.uniform(0, 0.1) if told <= LONGEST_RETRY_AFTER else None
+
+
+def _is_temporary(failure: BaseException, status: int | None) -> bool:
+    """Whether the same request may succeed later: lost connections and busy servers, but not an exhausted credit."""
+    if status is None:
+        return _lost_connection(failure)
+    body: Any = getattr(failure, "body", None)
+    error: Any = body.get("error", body) if isinstance(body, dict) else None
+    fields: dict[str, Any] = error if isinstance(error, dict) else {}
+    codes = (*_attributes((failure,), "code", "type"), fields.get("code"), fields.get("type"))
+    return (status in _RETRIED or status >= 500) and not any(
+        isinstance(code, str) and code in _NO_CREDIT for code in codes
+    )
 
 
 async def _hedged(attempt: Callable[..., Coroutine[Any, Any, _T]], seconds: float) -> _T:
@@ -275,17 +295,15 @@ def _lost_connection(failure: BaseException) -> bool:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the server asks to wait: milliseconds, seconds or a date; None if it does not say."""
-    milliseconds, text = headers.get("retry-after-ms"), headers.get("retry-after")
+    """Seconds that the server asks to wait: milliseconds, seconds or a date; None if it asks for nothing readable."""
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        with suppress(ValueError):
+            seconds = float(headers.get(name, "")) / unit
+            if not math.isnan(seconds):
+                return max(seconds, 0)
     try:
-        if milliseconds is not None:
-            return max(float(milliseconds) / 1000, 0)
-        return None if text is None else max(float(text), 0)
-    except ValueError:
-        pass
-    try:
-        return max(parsedate_to_datetime(text or "").timestamp() - time.time(), 0)
-    except ValueError:
+        return max(parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time(), 0)
+    except (ValueError, OverflowError):
         return None
 
 

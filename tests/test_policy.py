@@ -42,6 +42,14 @@ class Refused(Exception):
         self.response = SimpleNamespace(headers=headers)
 
 
+def quota(code: str, *, wrapped: bool = True) -> Exception:
+    """A 429 as OpenAI and its like send it: as the SDK raises it, or with the body only."""
+    error = {"message": "no", "type": "some", "code": code}
+    failure: Any = Refused(429)
+    failure.body = {"error": error} if wrapped else error
+    return failure
+
+
 # The first k, and the deadline
 
 
@@ -273,6 +281,12 @@ async def test_a_call_that_waits_to_be_sent_again_gives_up_its_place():
         (Refused(503, **{"retry-after": "nonsense"}), 0.375, 0.5),
         (ConnectionResetError("reset"), 0.375, 0.5),
         (openai.APIConnectionError(request=None), 0.375, 0.5),  # type: ignore[arg-type]
+        (Refused(429, **{"Retry-After-Ms": "250", "Retry-After": "7"}), 0.25, 0.35),
+        (Refused(429, **{"Retry-After-Ms": "soon", "Retry-After": "7"}), 7, 7.1),
+        (Refused(429, **{"Retry-After": "nan"}), 0.375, 0.5),
+        (Refused(400, **{"X-Should-Retry": "true"}), 0.375, 0.5),
+        (Refused(409, **{"x-should-retry": "perhaps"}), 0.375, 0.5),
+        (quota("rate_limit_exceeded"), 0.375, 0.5),
     ],
 )
 def test_how_long_is_waited_before_a_request_is_sent_again(failure: Exception, least: float, most: float):
@@ -294,6 +308,11 @@ def test_a_date_to_wait_for_is_honoured():
         Refused(401),
         Refused(404),
         Refused(429, **{"retry-after": "121"}),
+        Refused(429, **{"Retry-After-Ms": "121000"}),
+        Refused(503, **{"X-Should-Retry": "false"}),
+        Refused(400, **{"x-should-retry": "perhaps"}),
+        quota("insufficient_quota"),
+        quota("insufficient_quota", wrapped=False),
         ValueError("boom"),
         TimeoutError("slow"),
         openai.APITimeoutError(request=None),  # type: ignore[arg-type]
