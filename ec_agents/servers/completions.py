@@ -1,4 +1,4 @@
-"""A chat completion as it travels: bytes → messages with packed signals, and messages → what a request holds.
+"""A chat completion as it travels: bytes → choices with packed signals.
 
 ``decode_response`` reads a body once, keeps three numbers a token, and builds neither token strings nor SDK objects.
 Whatever does not have the documented form is read a second time, slowly, with the rules of ``logprobs``; so the result
@@ -10,11 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast, overload
 
 import msgspec
-from langchain_core.messages import AIMessage, BaseMessage, UsageMetadata, convert_to_openai_messages
-from langchain_core.messages.tool import invalid_tool_call
-from langchain_core.output_parsers.openai_tools import parse_tool_call
 from msgspec import UNSET, Raw, Struct
-from pydantic import ValidationError
 
 from ec_agents.errors import LogprobsMalformed
 from ec_agents.logprobs import Read, measured, pack_logprobs, token_signals
@@ -264,96 +260,6 @@ def _start(body: bytes) -> str:
     return f"{len(body)} bytes, {body[:100]!r}{'…' if len(body) > 100 else ''}"
 
 
-def choice_message(choice: Json, response: Json) -> AIMessage:
-    """A choice of ``decode_response`` as a message, as langchain-openai would build it.
-
-    ``additional_kwargs`` holds a refusal, and the reasoning that some servers send as ``reasoning_content`` or
-    ``reasoning``. Tool calls whose arguments cannot be decoded are in ``invalid_tool_calls``.
-
-    Args:
-        choice: One of the choices; its ``usage``, if it has one, goes before that of the response.
-        response: The other fields.
-
-    Raises:
-        LogprobsMalformed: A field has a type that no chat completion has.
-    """
-    metadata = {"finish_reason": choice.get("finish_reason"), "logprobs": choice.get("logprobs")}
-    usage = choice.get("usage", response.get("usage"))
-    shared = {
-        "token_usage": usage,
-        "model_provider": "openai",
-        "model_name": response.get("model"),
-        "system_fingerprint": response.get("system_fingerprint"),
-        **{name: response[name] for name in ("id", "service_tier") if response.get(name)},
-    }
-    fields: dict[str, Any] = choice["message"]
-    try:
-        calls = [_tool_call(call) for call in fields.get("tool_calls") or ()]
-        return AIMessage(
-            content=fields.get("content") or "",
-            additional_kwargs=_additional(fields),
-            name=fields.get("name"),
-            tool_calls=[call for call in calls if call["type"] == "tool_call"],
-            invalid_tool_calls=[call for call in calls if call["type"] != "tool_call"],
-            response_metadata={**shared, **metadata},
-            usage_metadata=usage_metadata(usage, response.get("service_tier")) if usage else None,
-        )
-    except (ValidationError, TypeError, AttributeError, KeyError) as error:
-        raise LogprobsMalformed(
-            f"the message is not that of a chat completion: {error}; found {fields!r:.300}"
-        ) from error
-
-
-def _additional(message: Json) -> dict[str, Any]:
-    """What a message has beside content and tool calls."""
-    kept = {name: message[name] for name in ("function_call", "audio") if message.get(name)}
-    reasoning = message.get("reasoning_content") or message.get("reasoning")
-    return {"refusal": message.get("refusal"), **kept, **({"reasoning_content": reasoning} if reasoning else {})}
-
-
-def _tool_call(call: dict[str, Any]) -> Any:
-    """A tool call, or an invalid one where its arguments are no JSON object."""
-    function = call["function"]
-    if isinstance(function["arguments"], dict):
-        return {"name": function["name"], "args": function["arguments"], "id": call.get("id"), "type": "tool_call"}
-    try:
-        parsed = parse_tool_call(call, return_id=True)
-        if parsed is not None and isinstance(parsed["args"], dict):
-            return {**parsed, "type": "tool_call"}
-        problem = "the arguments are not a JSON object"
-    except (ValueError, TypeError, RecursionError) as error:
-        problem = str(error)
-    return invalid_tool_call(name=function["name"], args=function["arguments"], id=call.get("id"), error=problem)
-
-
-def usage_metadata(usage: Json, service_tier: object = None) -> UsageMetadata:
-    """The usage of a response in LangChain's form; prices of the ``priority`` and ``flex`` tiers are kept apart."""
-    tier = f"{service_tier}_" if service_tier in ("priority", "flex") else ""
-    read: dict[str, Any] = usage.get("prompt_tokens_details") or {}
-    written: dict[str, Any] = usage.get("completion_tokens_details") or {}
-    inputs, outputs = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-    total = usage.get("total_tokens")
-    input_details: dict[str, int | None] = {
-        "audio": read.get("audio_tokens"),
-        f"{tier}cache_read": read.get("cached_tokens"),
-        f"{tier}cache_creation": read.get("cache_write_tokens"),
-    }
-    output_details: dict[str, int | None] = {
-        "audio": written.get("audio_tokens"),
-        f"{tier}reasoning": written.get("reasoning_tokens"),
-    }
-    if tier:
-        input_details[str(service_tier)] = inputs - (read.get("cached_tokens") or 0)
-        output_details[str(service_tier)] = outputs - (written.get("reasoning_tokens") or 0)
-    return UsageMetadata(
-        input_tokens=inputs,
-        output_tokens=outputs,
-        total_tokens=inputs + outputs if total is None else total,
-        input_token_details=cast("Any", {k: v for k, v in input_details.items() if v is not None}),
-        output_token_details=cast("Any", {k: v for k, v in output_details.items() if v is not None}),
-    )
-
-
 def split_usage(usage: Mapping[str, Any] | None, lengths: Sequence[int | None]) -> list[dict[str, Any] | None]:
     """The usage of a response with several choices, shared out so that the sum is what the server reports.
 
@@ -378,22 +284,3 @@ def split_usage(usage: Mapping[str, Any] | None, lengths: Sequence[int | None]) 
         {**more, "prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
         for more, read, written in zip(details, prompts, outputs, strict=True)
     ]
-
-
-def wire_messages(messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
-    """Messages as a request holds them; tool calls that could not be decoded are sent back as they came."""
-    return [_wire_message(message) for message in messages]
-
-
-def _wire_message(message: BaseMessage) -> dict[str, Any]:
-    fields = convert_to_openai_messages(message)
-    if not isinstance(message, AIMessage):
-        return {k: v for k, v in fields.items() if k != "name" or fields["role"] != "tool"}
-    bad = [
-        {"type": "function", "id": call["id"], "function": {"name": call["name"], "arguments": call["args"]}}
-        for call in message.invalid_tool_calls
-    ]
-    calls = [*fields.get("tool_calls", ()), *bad]
-    if not calls:
-        return fields
-    return {**fields, "tool_calls": calls, "content": fields["content"] or None}

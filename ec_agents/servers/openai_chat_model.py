@@ -21,9 +21,9 @@ from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
 
 from ec_agents.messages import OneChunkModel
 from ec_agents.servers.body_reader import async_http_client
-from ec_agents.servers.completions import choice_message, wire_messages
 from ec_agents.servers.providers import capabilities, provider_of
 from ec_agents.servers.transport import Answer, ClientPerLoop, Transport
+from ec_agents.servers.wire_messages import choice_message, wire_messages
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 
@@ -85,6 +85,9 @@ class OpenAIChatModel(OneChunkModel):
     """Parameters that the SDK does not know: ``top_k``, ``min_p``, ``chat_template_kwargs``, …"""
     model_kwargs: Mapping[str, Any] = Field(default_factory=dict[str, Any])
     """Other parameters of the SDK's ``create``."""
+    send_reasoning: bool | None = None
+    """Whether the reasoning of earlier answers is sent back; by default where the provider table says that the server
+    needs it in a tool loop (DeepSeek)."""
     fan_out: Literal["auto", "requests", "n"] = "auto"
     """How several candidates are asked for.
 
@@ -153,7 +156,12 @@ class OpenAIChatModel(OneChunkModel):
     ) -> dict[str, Any]:
         stopping = {} if stop is None else {"stop": stop}
         options = {"model": self.model_name, **self._options(), **stopping, **kwargs}
-        return {**options, "messages": wire_messages(messages)}
+        return {**options, "messages": wire_messages(messages, with_reasoning=self._sends_reasoning)}
+
+    @property
+    def _sends_reasoning(self) -> bool:
+        known = capabilities(provider_of(self.base_url), self.model_name)
+        return (known is not None and known.needs_reasoning) if self.send_reasoning is None else self.send_reasoning
 
     @property
     def _n_max(self) -> int:

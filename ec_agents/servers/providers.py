@@ -62,6 +62,8 @@ class Capabilities:
     """Parameters that have to be set so."""
     may_only: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Parameters that, if set, have to be set so."""
+    needs_reasoning: bool = False
+    """Whether the reasoning of earlier answers has to be sent back in a tool loop."""
     limitation: str
     """What does not work, in words."""
     remedy: str

@@ -29,10 +29,11 @@ from ec_agents.errors import ConfigError, LogprobsError, LogprobsMalformed, Logp
 from ec_agents.logprobs import response_candidates, token_signals
 from ec_agents.messages import message_candidate
 from ec_agents.sampling import sample
-from ec_agents.servers.completions import choice_message, decode_response, split_usage, wire_messages
+from ec_agents.servers.completions import decode_response, split_usage
 from ec_agents.servers.fast_logprobs import _typed, fast_logprobs
 from ec_agents.servers.openai_chat_model import OpenAIChatModel
 from ec_agents.servers.transport import PARAMETERS
+from ec_agents.servers.wire_messages import choice_message, wire_messages
 from ec_agents.testing import Fault, FaultServer, Reply, ScriptedChatModel, profile_logprobs
 
 # pyright: reportArgumentType=false
