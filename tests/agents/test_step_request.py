@@ -12,6 +12,7 @@ from typing import Any
 
 import openai
 import pytest
+from helpers.waiting import until
 from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_openai import ChatOpenAI
@@ -443,9 +444,7 @@ async def test_an_agents_losing_requests_are_cancelled_on_the_wire(client: Calla
     with FaultServer([Reply(content="hi")], faults=faults) as server:
         agent = create_centroid_agent(client(server), n=4, policy=SamplingPolicy(first=2))
         state = await agent.ainvoke(ASK)
-        async with asyncio.timeout(20):
-            while server.abandoned < 2 or server.in_flight:  # noqa: ASYNC110 - the server has no event for it
-                await asyncio.sleep(0.01)
+        await until(lambda: server.abandoned == 2 and not server.in_flight)
     record = state["messages"][-1].response_metadata["ec_agents"]
     assert len(record["scores"]) == 2
     assert len(record["failures"]) == 2
