@@ -275,8 +275,8 @@ def test_selector_defaults():
     selector = Selector(scorer=MajorityVote(), min_tokens=3)
     assert as_selector(selector) is selector
     assert isinstance(as_selector(None).scorer, CentroidScorer)
-    assert select([candidate(0), candidate(1, 2)], CentroidScorer()).chosen == 1
-    assert select([candidate(0), candidate(1, 2)], "first").selector == "first"
+    assert select([peaked(0), peaked(1, 2)], CentroidScorer()).chosen == 1
+    assert select([peaked(0), peaked(1, 2)], "first").selector == "first"
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_selector_defaults():
 def test_selector_of_a_wrong_type(wrong: Any, found: str):
     """Anything else is refused with what was found and the known names."""
     with pytest.raises(ConfigError, match=f"found {found}.*Known names: centroid, .*majority"):
-        select([candidate(0), candidate(1)], wrong)
+        select([peaked(0), peaked(1)], wrong)
 
 
 @pytest.mark.parametrize("unknown", ["majoriti", "", "Centroid"])
