@@ -4,9 +4,9 @@ Everything here is plain frozen data that knows no framework. ``to_builtins`` an
 checkpoint may hold (dict, list, str, int, float, bytes) and back.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,103 @@ Reason = Literal["ranked", "tie_break", "only_one", "only_sound", "fallback", "a
 FORMAT = 1
 """Version of the builtins form of candidates."""
 
+FINISHED = frozenset(
+    (
+        "stop",
+        "tool_calls",
+        "function_call",
+        # Anthropic, Bedrock, xAI
+        "end_turn",
+        "stop_sequence",
+        "tool_use",
+        # Cohere, OpenAI Responses, its_hub
+        "complete",
+        "completed",
+        "tool_call",
+        # Text Generation Inference, watsonx, Together
+        "eos_token",
+        "eos",
+    )
+)
+"""Finish reasons of responses that the model brought to an end. Whatever is in none of these three sets is suspect."""
+
+TRUNCATED = frozenset(
+    (
+        "length",
+        "max_tokens",
+        "max_output_tokens",
+        "model_length",
+        "model_context_window_exceeded",
+        "token_limit",
+        "incomplete",
+    )
+)
+"""Finish reasons of responses that a token limit cut off."""
+
+REFUSED = frozenset(
+    (
+        "content_filter",
+        "content_filtered",
+        "guardrail_intervened",
+        "refusal",
+        "safety",
+        "blocklist",
+        "prohibited_content",
+        "recitation",
+        "spii",
+        "sensitive",
+        "error_toxic",
+    )
+)
+"""Finish reasons of responses that the provider or the model declined to give."""
+
 NOISE_LEVEL = 0.05
 """A margin is above the noise floor if candidates without any signal show it in a smaller share of steps than this."""
+
+DEEPEST = 100
+"""Levels of nesting that a checkpoint can hold of a value that a model or server wrote."""
+
+_BEYOND = "…"
+
+
+def storable(value: Any, problems: list[str] | None = None, *, objects: Callable[[Any], Any] = str) -> Any:
+    """Return a value that a model or server wrote in a form that checkpoints and traces can hold.
+
+    Half a surrogate pair becomes a question mark, an integer beyond 64 bits its text, and whatever is nested more than
+    ``DEEPEST`` levels deep is cut off. Sound values come back equal.
+
+    Args:
+        value: Any mix of dicts, lists and scalars.
+        problems: Collects what had to be changed in structure: nesting and integers.
+        objects: Applied to values of other types.
+    """
+    return _storable(value, [] if problems is None else problems, objects, DEEPEST)
+
+
+def _storable(value: Any, problems: list[str], objects: Callable[[Any], Any], levels: int) -> Any:
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode()
+    if value is None or isinstance(value, bool | float | bytes):
+        return value
+    if isinstance(value, int):
+        if -(1 << 63) <= value < 1 << 63:
+            return value
+        problems.append("an integer does not fit into 64 bits")
+        return str(value) if value.bit_length() < 1000 else f"an integer of {value.bit_length()} bits"
+    if not isinstance(value, dict | list | tuple | Mapping):
+        return objects(value)
+    if not levels:
+        problems.append(f"values are nested more than {DEEPEST} levels deep")
+        return _BEYOND
+    if isinstance(value, Mapping):
+        items = cast("Mapping[Any, Any]", value).items()
+        return {
+            key if isinstance(key, int) else _storable(str(key), problems, objects, 0): _storable(
+                item, problems, objects, levels - 1
+            )
+            for key, item in items
+        }
+    return [_storable(item, problems, objects, levels - 1) for item in cast("Sequence[Any]", value)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -271,9 +366,3 @@ class Trajectory:
     """Name of the task that the run is about."""
     steps: Sequence[Step] = ()
     """In the order in which they were taken."""
-
-
-TRUNCATED = frozenset({"length", "max_tokens", "model_length", "incomplete"})
-
-
-REFUSED = frozenset({"content_filter", "refusal", "safety", "blocklist", "prohibited_content"})

@@ -7,6 +7,7 @@ EcAgentsError
 │   ├── UnsupportedLogprobs           this model or mode cannot return them; the message names the remedy
 │   ├── LogprobsMissing               the response carries none
 │   └── LogprobsMalformed             the payload is not what the provider documents
+├── ServerError                       the server reported an error inside a successful response; .status_code
 ├── ActionError                       an answer, or a server, does not follow the JSON form of actions
 ├── SamplingError                     fewer than min_candidates succeeded; .failures holds each
 ├── FailedCall                        a failed call of a step, as read back from a checkpoint
@@ -42,6 +43,20 @@ class LogprobsMissing(LogprobsError):
 
 class LogprobsMalformed(LogprobsError):
     """The log-probabilities are not in the documented form."""
+
+
+class ServerError(EcAgentsError):
+    """The server reported an error inside a response with status 200; it is retried as that error would be."""
+
+    status_code: int | None
+    """The HTTP status that the error stands for; None if the server does not say."""
+    code: str | None
+    """The server's name or number of the error."""
+
+    def __init__(self, message: str, status_code: int | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status_code = status_code
+        self.code = code
 
 
 class ActionError(EcAgentsError):

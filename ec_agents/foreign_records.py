@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from ec_agents.candidates import Candidate, Selection, TokenSignals
-from ec_agents.errors import LogprobsMalformed
+from ec_agents.errors import LogprobsMalformed, ServerError
 from ec_agents.logprobs import choice_candidate, response_candidates
 
 Json = Mapping[str, Any]
@@ -53,7 +53,7 @@ def _response(record: Json) -> Found:
     """An OpenAI response."""
     try:
         candidates = response_candidates(record)
-    except LogprobsMalformed as error:
+    except (LogprobsMalformed, ServerError) as error:
         return Found(failures=[str(error)])
     usage = _usage(record.get("usage"))
     if usage is not None and len(candidates) == 1:

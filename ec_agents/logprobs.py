@@ -17,6 +17,7 @@ Example:
 import json
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import NoneType
 from typing import Any, NamedTuple, TypeGuard
 
@@ -24,9 +25,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ec_agents.candidates import Candidate, TokenSignals
+from ec_agents.candidates import Candidate, TokenSignals, storable
 from ec_agents.entropy import MASKED, entropies_and_mass, keep_largest
-from ec_agents.errors import LogprobsError, LogprobsMalformed, LogprobsMissing, StateError
+from ec_agents.errors import LogprobsError, LogprobsMalformed, LogprobsMissing, ServerError, StateError
 
 Json = Mapping[str, Any]
 Floats = NDArray[np.float64]
@@ -153,52 +154,167 @@ def packed_length(packed: Json) -> int | None:
     return len(packed["packed"]) // 16 if "packed" in packed else None
 
 
-def choice_candidate(choice: Json, index: int) -> Candidate:
-    """One choice of a saved chat or completions response as a candidate.
+def choice_candidate(choice: object, index: int) -> Candidate:
+    """One choice of a chat or completions response as a candidate.
 
-    What is wrong with it becomes a flaw: ``no_signal``, ``refused``, or ``invalid_action`` for tool-call arguments that
-    are no JSON object (the call stays, with empty ``args``).
+    What is wrong with it becomes a flaw: ``no_signal``, ``refused``, ``interrupted`` for an error that the server
+    reports beside the choice, or ``invalid_action`` for tool-call arguments that are not a JSON object (the call stays,
+    with empty ``args``).
 
     Args:
-        choice: The choice: ``message`` or ``text``, ``finish_reason``, ``logprobs``.
+        choice: The choice, a dict or an object of an SDK: ``message`` or ``text``, ``finish_reason``, ``logprobs``.
         index: Position among the N responses, from 0.
 
     Raises:
         LogprobsMalformed: It is not a choice at all.
     """
-    fields: Json = choice if _is_mapping(choice) else {}
+    found = dumped(choice)
+    fields: Json = found if _is_mapping(found) else {}
     message: Any = {"content": fields["text"]} if "text" in fields else fields.get("message")
     if not _is_mapping(message):
-        raise LogprobsMalformed(f"choice {index} must have a message or a text; found {_outline(choice)}")
+        raise LogprobsMalformed(f"choice {index} must have a message or a text; found {_outline(found)}")
     flaws: dict[str, str] = {}
     signals = None
     try:
-        signals = token_signals(choice)
+        signals = token_signals(fields)
     except LogprobsError as error:
         flaws["no_signal"] = str(error)
     calls: Any = message.get("tool_calls") or []
     if message.get("refusal"):
-        flaws["refused"] = str(message["refusal"])
+        flaws["refused"] = shown(message["refusal"], 500)
+    if fields.get("error"):
+        flaws["interrupted"] = str(server_error(fields))
     return Candidate(
         index=index,
-        content=_text(message.get("content")),
+        content=storable(_text(message.get("content"))),
         tool_calls=[_tool_call(call, flaws) for call in (calls if _is_list(calls) else [calls])],
-        finish_reason=choice.get("finish_reason"),
+        finish_reason=finish_reason(fields.get("finish_reason")),
         signals=signals,
-        flaws=flaws,
+        flaws=storable(flaws),
     )
 
 
-def response_candidates(response: Json) -> list[Candidate]:
-    """All choices of one saved response as candidates, in the order in which they stand.
+def response_candidates(response: object) -> list[Candidate]:
+    """All choices of one chat or completions response as candidates, in the order in which they stand.
+
+    The usage belongs to the response as a whole; a candidate has it only if it is the only one.
+
+    Args:
+        response: A dict, or an object of an SDK such as ``openai``.
 
     Raises:
+        ServerError: The response is an error.
         LogprobsMalformed: The response has no list of ``choices``, or one of them is not a choice.
     """
-    choices = response.get("choices") if _is_mapping(response) else None
+    found = dumped(response)
+    fields: Json = found if _is_mapping(found) else {}
+    choices, error = fields.get("choices"), server_error(fields)
     if not _is_list(choices) or not choices:
-        raise LogprobsMalformed(f"a response with a non-empty list of choices is needed; found {_outline(response)}")
-    return [choice_candidate(choice, index) for index, choice in enumerate(choices)]
+        if error is not None:
+            raise error
+        raise LogprobsMalformed(f"a response with a non-empty list of choices is needed; found {_outline(found)}")
+    candidates = [choice_candidate(choice, index) for index, choice in enumerate(choices)]
+    if len(candidates) == 1:
+        candidates = [replace(candidates[0], usage=usage_counts(fields.get("usage")))]
+    if error is not None:
+        return [replace(c, flaws={"interrupted": str(error), **c.flaws}) for c in candidates]
+    return candidates
+
+
+def server_error(response: Json) -> ServerError | None:
+    """The error that a response, or one choice of it, reports; None if it reports none.
+
+    Servers and routers report errors inside responses with status 200: instead of the choices, beside them, or in one
+    of them.
+    """
+    error: Any = response.get("error") or (response if response.get("object") == "error" else None)
+    if not error:
+        return None
+    details: Json = error if _is_mapping(error) else {}
+    names = [details.get(name) for name in ("status_code", "status", "code", "type")]
+    statuses = [status for status in map(_status, names) if status is not None]
+    code = next((shown(name, 100) for name in (*names[2:], *names[:2]) if name), None)
+    message = storable(f"the server answered with an error: {quoted(error, 300)}")
+    return ServerError(message, statuses[0] if statuses else None, code)
+
+
+_STATUS_OF = {
+    "rate_limit_exceeded": 429,
+    "rate_limit_error": 429,
+    "resource_exhausted": 429,
+    "too_many_requests": 429,
+    "insufficient_quota": 402,
+    "server_error": 500,
+    "api_error": 500,
+    "internal": 500,
+    "internal_error": 500,
+    "internal_server_error": 500,
+    "internalservererror": 500,
+    "bad_gateway": 502,
+    "overloaded": 503,
+    "overloaded_error": 503,
+    "unavailable": 503,
+    "service_unavailable": 503,
+    "service_unavailable_error": 503,
+    "timeout": 504,
+    "timeout_error": 504,
+    "gateway_timeout": 504,
+}
+"""The HTTP status that the name of an error stands for, where a server gives no number."""
+
+
+def _status(name: Any) -> int | None:
+    if isinstance(name, str):
+        name = int(name) if name.isascii() and name.isdigit() and len(name) == 3 else _STATUS_OF.get(name.lower())
+    return name if isinstance(name, int) and 400 <= name <= 599 else None
+
+
+def finish_reason(*found: Any) -> str | None:
+    """The first finish reason that is there, as text; None if none is.
+
+    Values that are not text become their description, which no list of sound reasons holds.
+    """
+    reason = next((value for value in found if value is not None and value != ""), None)
+    return None if reason is None else shown(reason, 100)
+
+
+def usage_counts(usage: Any) -> dict[str, int] | None:
+    """The token counts of a response, under LangChain's names; None if it reports none."""
+    counts: Any = dumped(usage)
+    if not _is_mapping(counts):
+        return None
+    found = [(ours, counts.get(name)) for name, ours in _COUNTS.items()]
+    return {ours: count for ours, count in found if _is_count(count)} or None
+
+
+_COUNTS = {
+    "prompt_tokens": "input_tokens",
+    "completion_tokens": "output_tokens",
+    "input_tokens": "input_tokens",
+    "output_tokens": "output_tokens",
+    "total_tokens": "total_tokens",
+}
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def dumped(value: Any) -> Any:
+    """The value, or the dict form of an object of an SDK."""
+    dump: Any = getattr(value, "model_dump", None)
+    return dump(warnings=False) if callable(dump) else value
+
+
+def shown(value: Any, most: int) -> str:
+    """A value that a server wrote as text of at most so many characters, whatever it is."""
+    found = storable(value)
+    return (found if isinstance(found, str) else repr(found))[:most]
+
+
+def quoted(value: Any, most: int) -> str:
+    """``repr`` of a value that a server wrote, of at most so many characters, however deep it is nested."""
+    return repr(storable(value))[:most]
 
 
 def _payload(choice: Any) -> Json:
@@ -317,7 +433,7 @@ def _floats(values: list[Any], name: Callable[[int], str]) -> Floats:
     if numbers is None:
         for number, value in enumerate(values):
             if not isinstance(value, float | int | NoneType) or isinstance(value, bool):
-                raise LogprobsMalformed(f"{name(number)} must be a number or null; found {value!r:.60}")
+                raise LogprobsMalformed(f"{name(number)} must be a number or null; found {quoted(value, 60)}")
         try:
             numbers = np.array(values, dtype=np.float64)
         except OverflowError as error:
@@ -389,19 +505,37 @@ def _tool_call(call: Any, flaws: dict[str, str]) -> dict[str, Any]:
     if not _is_mapping(function):
         flaws["invalid_action"] = f"a tool call without a function: {_outline(call)}"
         return {"name": "", "args": {}}
-    name, arguments = str(function.get("name") or ""), function.get("arguments")
+    arguments: Any = function.get("arguments")
     args: Any = arguments
+    problem = "they are not a JSON object"
     try:
         # Models write no arguments as "" too, and line breaks in strings as they are.
         args = json.loads(arguments or "{}", strict=False) if isinstance(arguments, str | None) else arguments
-        error = "they are not a JSON object"
     except (ValueError, RecursionError) as failure:
-        error = str(failure)
+        problem = str(failure)
+    return tool_call(function.get("name"), args, call.get("id"), flaws, f"{problem}; found {quoted(arguments, 200)}")
+
+
+def tool_call(
+    name: Any, args: Any, identity: Any, flaws: dict[str, str], problem: str = "they are not an object"
+) -> dict[str, Any]:
+    """A tool call as candidates hold it; adds the flaw ``invalid_action`` where its arguments cannot be kept.
+
+    Args:
+        name: Name of the tool.
+        args: Its decoded arguments.
+        identity: ID of the call; left out if it is None or empty.
+        flaws: Takes the flaw.
+        problem: What is wrong if ``args`` is not a mapping.
+    """
+    called = shown(name, 200) if name else ""
+    problems: list[str] = []
+    kept = storable(args if _is_mapping(args) else {}, problems)
     if not _is_mapping(args):
-        flaws["invalid_action"] = f"arguments of {name or 'a tool call'}: {error}; found {arguments!r:.200}"
-        args = {}
-    identity = {"id": call["id"]} if call.get("id") else {}
-    return {"name": name, "args": args, **identity}
+        problems.append(problem)
+    if problems:
+        flaws["invalid_action"] = f"arguments of {called or 'a tool call'}: {problems[0]}"
+    return {"name": called, "args": kept, **({"id": shown(identity, 500)} if identity else {})}
 
 
 def _is_mapping(value: Any) -> TypeGuard[Json]:
@@ -415,8 +549,8 @@ def _is_list(value: Any) -> TypeGuard[list[Any]]:
 def _outline(value: Any) -> str:
     """A short description of what was found."""
     if _is_mapping(value):
-        error = f" (error: {value['error']!r:.200})" if value.get("error") else ""
+        error = f" (error: {quoted(value['error'], 200)})" if value.get("error") else ""
         return f"an object with keys {sorted(map(str, value))[:8]}{error}"
     if _is_list(value):
         return f"a list of {len(value)}"
-    return f"{type(value).__name__} {value!r:.60}"
+    return f"{type(value).__name__} {quoted(value, 60)}"

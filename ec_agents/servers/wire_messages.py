@@ -55,7 +55,9 @@ def choice_message(choice: Json, response: Json) -> AIMessage:
     Raises:
         LogprobsMalformed: A field has a type that no chat completion has.
     """
-    metadata = {"finish_reason": choice.get("finish_reason"), "logprobs": choice.get("logprobs")}
+    metadata = {name: choice.get(name) for name in ("finish_reason", "logprobs")}
+    if choice.get("error"):
+        metadata["error"] = choice["error"]
     usage = choice.get("usage", response.get("usage"))
     shared = {
         "token_usage": usage,

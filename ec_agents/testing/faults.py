@@ -118,6 +118,8 @@ def inflated(size: int) -> Callable[[bytes], bytes]:
 
 _HTML = b"<!doctype html><title>Sign in</title>"
 
+_ERROR = {"code": 502, "message": "the upstream provider disconnected"}
+
 FAULTS: Mapping[str, Fault] = MappingProxyType(
     {
         "latency": Fault(about="a slow answer", delay=0.1),
@@ -138,6 +140,12 @@ FAULTS: Mapping[str, Fault] = MappingProxyType(
         ),
         "big_body": Fault(about="a body of 20 MB", body=inflated(20_000_000)),
         "empty_choices": Fault(about="no choices", payload=lambda response: {**response, "choices": []}),
+        "error_body": Fault(about="an error with status 200", payload=lambda _: {"error": _ERROR}),
+        "error_choice": Fault(
+            about="an error beside a choice that is broken off",
+            payload=_choices(lambda choice: choice.update(finish_reason="error", error=_ERROR)),
+        ),
+        "aborted": Fault(about="broken off", payload=_choices(lambda choice: choice.update(finish_reason="abort"))),
         "fewer_choices": Fault(about="one choice, whatever n is", payload=_fewer),
         "null_logprobs": Fault(
             about="logprobs are null", payload=_choices(lambda choice: choice.update(logprobs=None))

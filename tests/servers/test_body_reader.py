@@ -21,7 +21,7 @@ import pytest
 from aiohttp import web
 from hypothesis import given, settings, strategies as st
 
-from ec_agents.errors import LogprobsMalformed
+from ec_agents.errors import LogprobsMalformed, ServerError
 from ec_agents.servers import body_reader
 from ec_agents.servers.body_reader import (
     AT_ONCE,
@@ -81,8 +81,8 @@ def understood(body: bytes) -> Any:
     """What a body decodes to, comparable; for those that are no answer, that."""
     try:
         response = decode_response(body, 2)
-    except LogprobsMalformed:
-        return LogprobsMalformed
+    except (LogprobsMalformed, ServerError) as error:
+        return type(error)
     return json.dumps(response, sort_keys=True)
 
 

@@ -8,6 +8,7 @@ The step ends, chooses a sound answer or raises, says what happened, and leaks n
 import asyncio
 import gc
 import math
+import threading
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,12 +17,12 @@ from typing import Any
 
 import openai
 import pytest
-from helpers.waiting import settle, until
 
 from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.agents.step import decision_record
-from ec_agents.errors import EcAgentsError, LogprobsMalformed, LogprobsMissing, SamplingError
+from ec_agents.errors import EcAgentsError, LogprobsMalformed, LogprobsMissing, SamplingError, ServerError
 from ec_agents.messages import message_candidate
+from ec_agents.policy import SamplingPolicy
 from ec_agents.sampling import sample
 from ec_agents.scoring import centroids
 from ec_agents.selection import Selector
@@ -43,6 +44,8 @@ FAILURES: Mapping[str, type[BaseException]] = {
     "html_page": LogprobsMalformed,
     "invalid_utf8": LogprobsMalformed,
     "empty_choices": LogprobsMalformed,
+    "error_body": ServerError,
+    "error_choice": ServerError,
 }
 """What a call raises that meets the fault."""
 FLAWS = {
@@ -51,6 +54,7 @@ FLAWS = {
     "unmeasured_tool_calls": "no_signal",
     "refusal": "refused",
     "length": "truncated",
+    "aborted": "interrupted",
 }
 """What is wrong with a candidate that meets the fault. All other faults do no harm."""
 QUICK = {
@@ -85,6 +89,16 @@ async def outcome_of(run: Run, model: OpenAIChatModel, n: int, seconds: float) -
         return await run(model, n, seconds)
     except EcAgentsError as error:
         return error
+
+
+def settle(done: Callable[[], bool]) -> None:
+    """Wait until it is so; the server runs in another thread."""
+    pause = threading.Event()
+    for _ in range(500):
+        if done():
+            return
+        pause.wait(0.01)
+    raise AssertionError("it did not come to that within 5 s")
 
 
 def model_of(server: FaultServer) -> OpenAIChatModel:
@@ -186,7 +200,8 @@ def test_many_faults_at_once(run: Run):
 def test_cancelling_a_step_closes_every_connection(name: str, run: Run):
     async def cancelled(server: FaultServer) -> None:
         task = asyncio.create_task(run(model_of(server), 8, math.inf))
-        await until(lambda: server.in_flight == 8)
+        while server.in_flight < 8:  # noqa: ASYNC110 - the server runs in another thread
+            await asyncio.sleep(0.005)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -217,3 +232,14 @@ def test_no_memory_is_kept_after_any_fault(run: Run):
         finally:
             tracemalloc.stop()
     assert max(kept[2:]) - kept[1] < 50_000
+
+
+@pytest.mark.parametrize("fault", ["error_body", "error_choice"])
+async def test_error_with_status_200_is_retried(fault: str):
+    """An error inside a successful response is retried as its status would be, and costs no candidate."""
+    with FaultServer([Reply(content="hello", profile="!...")], faults=[fault, None]) as server:
+        asking = model_of(server).bind(logprobs=True, top_logprobs=4)
+        policy = SamplingPolicy(retries=1)
+        drawn = await sample(lambda _: asking.ainvoke("hi"), n=1, policy=policy, parse=message_candidate)
+        assert len(server.requests) == 2
+    assert (drawn.candidates[0].content, drawn.candidates[0].flaws, drawn.failures) == ("hello", {}, {})
