@@ -1,49 +1,61 @@
-"""Stage 2 - fetch: a chat model for OpenAI-compatible servers, made for answers with log-probabilities.
+"""A chat model for OpenAI-compatible servers, made for responses with log-probabilities.
 
-The OpenAI SDK sends the requests, with its retries, timeouts and errors; no object of the SDK is built from the bodies.
+The OpenAI SDK sends the requests, with its retries, timeouts and errors; its response objects are never built.
 """
 
 import os
 import sys
 from asyncio import TaskGroup
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any, Literal
+from operator import itemgetter
+from typing import Any, Generic, Literal, NoReturn, TypeVar, cast
 
 import openai
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import LangSmithParams, LanguageModelInput
+from langchain_core.exceptions import ModelRefusalError
+from langchain_core.language_models import LangSmithParams, LanguageModelInput, ModelProfile
 from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
+from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
 from langchain_core.outputs import ChatGeneration, ChatResult
-from langchain_core.runnables import Runnable
-from langchain_core.utils.function_calling import convert_to_openai_tool
-from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
+from langchain_core.runnables import Runnable, RunnableLambda, RunnableMap, RunnablePassthrough
+from langchain_core.utils.function_calling import convert_to_openai_function, convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_subclass
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
+from ec_agents.errors import ConfigError
 from ec_agents.messages import OneChunkModel
 from ec_agents.servers.body_reader import async_http_client
-from ec_agents.servers.providers import capabilities, provider_of
+from ec_agents.servers.providers import Endpoint, capabilities, provider_of, provider_of_client
+from ec_agents.servers.redaction import HIDDEN, client_keys, hide_secrets
 from ec_agents.servers.transport import Answer, ClientPerLoop, Transport
 from ec_agents.servers.wire_messages import choice_message, wire_messages
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 
 _OPTIONS = ("temperature", "top_p", "seed", "stop", "logprobs", "top_logprobs", "extra_body")
+_CHOICES = ("auto", "none", "required")
+_Client = TypeVar("_Client", openai.OpenAI, openai.AsyncOpenAI)
 
 
 class OpenAIChatModel(OneChunkModel):
-    """A chat model of an OpenAI-compatible server, made for drawing many candidates with log-probabilities.
+    """A chat model of an OpenAI-compatible server, made to sample many candidates with log-probabilities.
 
-    ``response_metadata["logprobs"]`` of its messages has 16 bytes a token in place of the server's 2 kB;
-    ``token_signals``, and all that is built on it, reads that. The other fields are those that langchain-openai
-    delivers, and ``additional_kwargs["reasoning_content"]``. Responses do not stream, because several servers lose
-    log-probabilities when they do.
+    ``response_metadata["logprobs"]`` of its messages takes 16 bytes per token instead of the server's 2 kB;
+    ``token_signals``, and everything built on it, reads that. The other fields are those of langchain-openai, plus
+    ``additional_kwargs["reasoning_content"]``. Responses are not streamed, because several servers lose
+    log-probabilities when they stream.
 
-    An object may be used from any thread, and in one event loop after the other. With ``aiohttp`` installed (extra
+    An instance may be used from any thread, and in one event loop after the other. With ``aiohttp`` installed (extra
     ``fast``), large responses cost about a third less CPU, and are not all in memory together.
 
     Raises:
-        LogprobsMalformed: On a call: the answer is no chat completion.
-        openai.OpenAIError: On a call: what the SDK raises once its retries are used up.
+        pydantic.ValidationError: An argument is unknown or of the wrong type, or the clients and ``base_url`` name
+            different servers.
+        LogprobsMalformed: On a call: the response is not a chat completion.
+        openai.OpenAIError: On a call: what the SDK raises once its retries are used up. Keys are removed from it.
 
     Example:
         >>> from ec_agents.servers.openai_chat_model import OpenAIChatModel
@@ -58,77 +70,182 @@ class OpenAIChatModel(OneChunkModel):
     model_name: str = Field(alias="model")
     """Name of the model, as the server knows it."""
     base_url: str = ""
-    """Where the server is; by default ``OPENAI_BASE_URL``, or OpenAI."""
+    """Base URL of the server; by default that of the client below, ``OPENAI_BASE_URL``, or OpenAI."""
     api_key: SecretStr | None = None
-    """By default ``OPENAI_API_KEY``; a server of one's own that needs none gets ``none``."""
-    default_headers: Mapping[str, str] | None = None
+    """By default ``OPENAI_API_KEY``; a local server without a key gets ``none``."""
+    default_headers: Mapping[str, SecretStr] | None = None
     """Sent with every request."""
     timeout: float | None = None
-    """Seconds that one request may take; by default what the SDK allows, 600."""
+    """Seconds that one request may take; by default the SDK's 600."""
     max_retries: int = 2
     """How often the SDK sends a failed request again."""
     temperature: float | None = None
-    """Divides the logits before drawing; by default the server's."""
+    """Divides the logits before sampling; by default the server's."""
     top_p: float | None = None
-    """Share of the probability that is drawn from; by default the server's."""
+    """Share of the probability mass that is sampled from; by default the server's."""
     max_tokens: int | None = None
-    """Most tokens of a response; OpenAI and Azure get it as ``max_completion_tokens``, the only name they all know."""
+    """Most tokens of a response; sent to OpenAI and Azure as ``max_completion_tokens``, which all their models know."""
     seed: int | None = None
-    """The same seed may give the same response; None draws afresh."""
+    """The same seed may give the same response; None samples afresh."""
     stop: list[str] | None = None
     """Texts that end a response."""
     logprobs: bool | None = None
-    """Whether to ask for log-probabilities; whatever samples from the model does so by itself."""
+    """Whether to ask for log-probabilities; agents that sample from the model do so by themselves."""
     top_logprobs: int | None = None
     """Alternatives to ask for at each token."""
     extra_body: Mapping[str, Any] | None = None
     """Parameters that the SDK does not know: ``top_k``, ``min_p``, ``chat_template_kwargs``, …"""
     model_kwargs: Mapping[str, Any] = Field(default_factory=dict[str, Any])
     """Other parameters of the SDK's ``create``."""
+    streaming: bool = False
+    """Whether ``invoke`` streams inside, as with ``ChatOpenAI``; the answer arrives as one chunk either way."""
     send_reasoning: bool | None = None
     """Whether the reasoning of earlier answers is sent back; by default where the provider table says that the server
     needs it in a tool loop (DeepSeek)."""
     fan_out: Literal["auto", "requests", "n"] = "auto"
-    """How several candidates are asked for.
+    """How several candidates are requested.
 
-    ``requests``: one request each; each can be cancelled by itself. ``n``: equal calls at the same time become one
-    request with ``n=N``, which bills the prompt once; choices that are missing in the response are asked for one by
-    one. ``auto``: ``n`` where the provider is known to take it, otherwise ``requests``.
+    ``requests``: one request each; each can be cancelled separately. ``n``: equal calls at the same time become one
+    request with ``n=N``, which bills the prompt once; choices missing from the response are requested one by one.
+    ``auto``: ``n`` where the provider is known to support it, otherwise ``requests``.
     """
     async_client: Callable[[], openai.AsyncOpenAI] | None = Field(default=None, exclude=True)
     """Makes the SDK's client for an event loop, for example ``lambda: AsyncAzureOpenAI(…)``; by default from the fields
-    above. It is closed when the loop ends."""
+    above. The server is read from the first one, made at once. Each is closed when its loop ends."""
     client: Callable[[], openai.OpenAI] | None = Field(default=None, exclude=True)
     """Makes the SDK's client for synchronous calls."""
 
     _transport: Transport = PrivateAttr()
 
+    _provider: str = PrivateAttr()
+    _client_keys: dict[str, dict[str, Any]] = PrivateAttr()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_arguments(cls, given: Any) -> Any:
+        """Refuse misspelt arguments: without a ``base_url``, the prompt would go to the default host."""
+        known = {name for key, field in cls.model_fields.items() for name in (key, field.alias) if name}
+        for name in given if isinstance(given, dict) else ():
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ConfigError(
+                    f"{cls.__name__} has no argument {name!r}; {hint}Other parameters of a request belong in "
+                    "model_kwargs={…}, and those that only the server knows in extra_body={…}"
+                )
+        return given
+
     def model_post_init(self, context: Any, /) -> None:  # noqa: ARG002 - pydantic's signature
-        """Find the server."""
-        if not self.base_url and self.async_client is None and self.client is None:
-            self.base_url = os.environ.get("OPENAI_BASE_URL") or DEFAULT_BASE_URL
-        clients = ClientPerLoop(self.async_client or self._make_async_client)
-        self._transport = Transport(clients, self.client or self._make_client)
+        """Find the server, and refuse clients of different ones."""
+        if "extra_headers" in self.model_kwargs:
+            raise ConfigError("headers belong in default_headers, which keeps their values secret; found extra_headers")
+        make_async = None if self.async_client is None else _OwnClient(self.async_client)
+        make = None if self.client is None else _OwnClient(self.client)
+        own = [found for found in (make_async, make) if found is not None]
+        urls = {url.rstrip("/") for url in (self.base_url, *(client.base_url for client in own)) if url}
+        if len(urls) > 1:
+            raise ConfigError(f"base_url and the clients must name one server; found {' and '.join(sorted(urls))}")
+        built = bool(self.base_url) or not own
+        default = os.environ.get("OPENAI_BASE_URL") or DEFAULT_BASE_URL
+        self.base_url = self.base_url or next(iter(urls), default)
+        self._provider = next((client.provider for client in own), "") or provider_of(self.base_url)
+        self._client_keys = {str(number): client.keys for number, client in enumerate(own)}
+        clients = ClientPerLoop(make_async or (self._make_async_client if built else _needs_async))
+        self._transport = Transport(clients, make or (self._make_client if built else _needs_sync))
+
+    @property
+    def model(self) -> str:
+        """Name of the model, by the name under which ``ChatOpenAI`` has it too."""
+        return self.model_name
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where requests are sent."""
+        return Endpoint(provider=self._provider, base_url=self.base_url.rstrip("/"), model=self.model_name)
+
+    def _resolve_model_profile(self) -> ModelProfile | None:
+        known = self.endpoint.capabilities
+        return ModelProfile(structured_output=True) if known is not None and known.json_schema == "yes" else None
 
     def bind_tools(
-        self, tools: Sequence[Any], *, tool_choice: Any = None, strict: bool | None = None, **kwargs: Any
+        self,
+        tools: Sequence[Any],
+        *,
+        tool_choice: Any = None,
+        strict: bool | None = None,
+        parallel_tool_calls: bool | None = None,
+        response_format: Any = None,
+        **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """The model with tools bound.
+        """Bind tools to the model.
 
         Args:
             tools: LangChain tools, functions, classes or OpenAI's dicts.
             tool_choice: A tool's name, ``"auto"``, ``"none"``, ``"any"`` (or ``"required"``, True), or OpenAI's dict.
-            strict: Whether the server has to keep to the schemas of the arguments.
-            **kwargs: Bound too, for example ``parallel_tool_calls``.
+            strict: Whether the server has to keep to the schemas of the arguments; by default it does where there is a
+                ``response_format``, because OpenAI demands that.
+            parallel_tool_calls: Whether one response may hold several tool calls; by default the server's choice.
+            response_format: Schema of a final answer, as for ``with_structured_output``.
+            **kwargs: Other parameters of the request.
+
+        Raises:
+            ConfigError: ``tool_choice`` is none of these.
         """
+        strict = True if strict is None and response_format else strict
         formatted = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
         names = [tool["function"]["name"] for tool in formatted if "function" in tool]
-        if tool_choice in ("any", True):
-            tool_choice = "required"
-        elif isinstance(tool_choice, str) and tool_choice in names:
-            tool_choice = {"type": "function", "function": {"name": tool_choice}}
-        chosen = {"tool_choice": tool_choice} if tool_choice else {}
-        return self.bind(tools=formatted, **chosen, **kwargs)
+        bound = {
+            "tool_choice": _tool_choice(tool_choice, names),
+            "parallel_tool_calls": parallel_tool_calls,
+            "response_format": None if response_format is None else _response_format(response_format, strict=strict),
+        }
+        given = {name: value for name, value in bound.items() if value is not None}
+        return self.bind(tools=formatted, **given, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: Any = None,
+        *,
+        method: Literal["json_schema", "function_calling", "json_mode"] = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Make the model answer in a schema, with the methods and defaults of ``ChatOpenAI``.
+
+        Args:
+            schema: A pydantic class, which gives instances, or a TypedDict or JSON schema, which gives dicts.
+            method: ``json_schema``: the content, measured by every server that measures any content;
+                ``function_calling``: a tool call; ``json_mode``: JSON that the prompt has to describe.
+            include_raw: Whether to give ``{"raw": message, "parsed": …, "parsing_error": …}``.
+            strict: Whether the server has to keep to the schema; by default it does for pydantic classes with
+                ``json_schema``.
+            **kwargs: Other parameters of the request.
+
+        Raises:
+            ConfigError: The method is unknown, or does not go with the other arguments.
+            ModelRefusalError: On a call: the model refused.
+        """
+        if method not in ("json_schema", "function_calling", "json_mode"):
+            raise ConfigError(f"method must be json_schema, function_calling or json_mode; found {method!r}")
+        if schema is None and method != "json_mode":
+            raise ConfigError(f"method {method!r} needs a schema; found None")
+        if strict is not None and method == "json_mode":
+            raise ConfigError("json_mode has no schema for the server to keep to; leave strict out")
+        shown = {"ls_structured_output_format": {"kwargs": {"method": method, "strict": strict}, "schema": schema}}
+        if method == "function_calling":
+            name = convert_to_openai_tool(schema)["function"]["name"]
+            options: dict[str, Any] = {
+                "tool_choice": name,
+                "parallel_tool_calls": False,
+                "strict": strict,
+                **shown,
+                **kwargs,
+            }
+            return _parsed(self.bind_tools([schema], **options), _tool_parser(schema, name), include_raw=include_raw)
+        form = {"type": "json_object"} if method == "json_mode" else _response_format(schema, strict=strict)
+        model = self.bind(response_format=form, **shown, **kwargs)
+        return _parsed(model, RunnableLambda(_answered) | _json_parser(schema), include_raw=include_raw)
 
     @property
     def _llm_type(self) -> str:
@@ -140,14 +257,19 @@ class OpenAIChatModel(OneChunkModel):
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop, **kwargs)
-        params["ls_provider"] = provider_of(self.base_url) or "openai"
+        params["ls_provider"] = self._provider or "openai"
         params["ls_model_name"] = kwargs.get("model", self.model_name)
         return params
+
+    def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
+        if headers := kwargs.get("extra_headers"):  # a tracer gets these
+            kwargs["extra_headers"] = dict.fromkeys(headers, HIDDEN)
+        return super()._get_invocation_params(stop=stop, **kwargs)
 
     def _options(self) -> dict[str, Any]:
         given = {name: value for name in _OPTIONS if (value := getattr(self, name)) is not None}
         if self.max_tokens is not None:
-            hosted = provider_of(self.base_url) in ("openai", "azure")
+            hosted = self._provider in ("openai", "azure")
             given["max_completion_tokens" if hosted else "max_tokens"] = self.max_tokens
         return {**given, **self.model_kwargs}
 
@@ -156,17 +278,19 @@ class OpenAIChatModel(OneChunkModel):
     ) -> dict[str, Any]:
         stopping = {} if stop is None else {"stop": stop}
         options = {"model": self.model_name, **self._options(), **stopping, **kwargs}
+        if isinstance(form := options.get("response_format"), type):
+            options["response_format"] = _response_format(form, strict=None)
         return {**options, "messages": wire_messages(messages, with_reasoning=self._sends_reasoning)}
 
     @property
     def _sends_reasoning(self) -> bool:
-        known = capabilities(provider_of(self.base_url), self.model_name)
+        known = capabilities(self._provider, self.model_name)
         return (known is not None and known.needs_reasoning) if self.send_reasoning is None else self.send_reasoning
 
     @property
     def _n_max(self) -> int:
         """How many choices one request may ask for."""
-        return _n_max(self.fan_out, self.base_url, self.model_name)
+        return _n_max(self.fan_out, self._provider, self.model_name)
 
     def _generate(
         self,
@@ -177,7 +301,11 @@ class OpenAIChatModel(OneChunkModel):
     ) -> ChatResult:
         payload = self._payload(messages, stop, kwargs)
         n = payload.pop("n", None) or 1
-        return _result(self._transport.answers_blocking(payload, n, n_max=self._n_max))
+        try:
+            return _result(self._transport.answers_blocking(payload, n, n_max=self._n_max))
+        except Exception as error:
+            hide_secrets(error, self)
+            raise
 
     async def _agenerate(
         self,
@@ -188,14 +316,18 @@ class OpenAIChatModel(OneChunkModel):
     ) -> ChatResult:
         payload = self._payload(messages, stop, kwargs)
         n = payload.pop("n", None) or 1
-        if n == 1:
-            return _result([await self._transport.answer(payload, n_max=self._n_max)])
         try:
+            if n == 1:
+                return _result([await self._transport.answer(payload, n_max=self._n_max)])
             async with TaskGroup() as group:
                 tasks = [group.create_task(self._transport.answer(payload, n_max=self._n_max)) for _ in range(n)]
+            return _result([task.result() for task in tasks])
         except BaseExceptionGroup as failures:
+            hide_secrets(failures, self)
             raise failures.exceptions[0] from None
-        return _result([task.result() for task in tasks])
+        except Exception as error:
+            hide_secrets(error, self)
+            raise
 
     def _combine_llm_outputs(self, llm_outputs: list[dict[str, Any] | None]) -> dict[str, Any]:
         known = [output for output in llm_outputs if output]
@@ -215,14 +347,100 @@ class OpenAIChatModel(OneChunkModel):
             options["api_key"] = "none" if self.api_key is None else self.api_key.get_secret_value()
         if self.timeout is not None:
             options["timeout"] = self.timeout
-        return {**options, "default_headers": self.default_headers}
+        headers = {name: value.get_secret_value() for name, value in (self.default_headers or {}).items()}
+        return {**options, "default_headers": headers or None}
+
+
+class _OwnClient(Generic[_Client]):
+    """A factory of the user's. Its first client is made at once, because only that tells where requests go."""
+
+    def __init__(self, make: Callable[[], _Client]) -> None:
+        first = make()
+        self.base_url, self.provider = str(first.base_url), provider_of_client(first)
+        self.keys = client_keys(first)
+        self._make, self._spare = make, [first]
+
+    def __call__(self) -> _Client:
+        try:
+            return self._spare.pop()
+        except IndexError:  # several threads may ask
+            return self._make()
+
+
+def _needs_async() -> NoReturn:
+    raise ConfigError("client makes clients for synchronous calls only; pass async_client=… too, or call invoke()")
+
+
+def _needs_sync() -> NoReturn:
+    raise ConfigError("async_client makes clients for asynchronous calls only; pass client=… too, or await ainvoke()")
+
+
+def _tool_choice(choice: Any, names: Sequence[str]) -> Any:
+    """A ``tool_choice`` in OpenAI's form; None where it says nothing."""
+    if choice is None or choice is False:
+        return None
+    if choice is True or choice == "any":
+        return "required"
+    if isinstance(choice, str) and choice in names:
+        return {"type": "function", "function": {"name": choice}}
+    if choice in _CHOICES or isinstance(choice, dict):
+        return cast("Any", choice)
+    raise ConfigError(f"tool_choice must be one of any, {', '.join((*_CHOICES, *names))} or a dict; found {choice!r}")
+
+
+def _response_format(schema: Any, *, strict: bool | None) -> dict[str, Any]:
+    """A schema as the ``response_format`` of a request; one that is a ``response_format`` already stays as it is."""
+    if _is_class(schema) and issubclass(schema, BaseModel) and strict is not False:
+        function: Any = openai.pydantic_function_tool(schema)["function"]
+        form = {"name": schema.__name__, "schema": function["parameters"], "strict": True}
+        return {"type": "json_schema", "json_schema": form}
+    if isinstance(schema, dict) and schema.get("type") in ("json_schema", "json_object", "text"):
+        return cast("dict[str, Any]", schema)
+    if isinstance(schema, dict) and {"name", "schema"} <= cast("dict[str, Any]", schema).keys():
+        return {"type": "json_schema", "json_schema": schema}
+    if strict is None:
+        strict = bool(cast("dict[str, Any]", schema).get("strict")) if isinstance(schema, dict) else False
+    function = convert_to_openai_function(schema, strict=strict)
+    parameters = function.pop("parameters")
+    return {"type": "json_schema", "json_schema": {**function, "schema": parameters}}
+
+
+def _tool_parser(schema: Any, name: str) -> Any:
+    if _is_class(schema):
+        return PydanticToolsParser(tools=[schema], first_tool_only=True)
+    return JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
+
+
+def _json_parser(schema: Any) -> Any:
+    return PydanticOutputParser(pydantic_object=schema) if _is_class(schema) else JsonOutputParser()
+
+
+def _is_class(schema: Any) -> bool:
+    """Whether it is a class of pydantic, version 1 or 2."""
+    return isinstance(schema, type) and is_basemodel_subclass(schema)
+
+
+def _answered(message: AIMessage) -> AIMessage:
+    if refusal := message.additional_kwargs.get("refusal"):
+        raise ModelRefusalError(str(refusal), raw_message=message)
+    if message.response_metadata.get("finish_reason") == "content_filter":
+        raise ModelRefusalError("a content filter stopped the answer", raw_message=message)
+    return message
+
+
+def _parsed(model: Any, parser: Any, *, include_raw: bool) -> Any:
+    if not include_raw:
+        return model | parser
+    sound = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
+    failed = RunnablePassthrough.assign(parsed=lambda _: None)
+    return RunnableMap(raw=model) | sound.with_fallbacks([failed], exception_key="parsing_error")
 
 
 @lru_cache(maxsize=64)
-def _n_max(fan_out: str, base_url: str, model: str) -> int:
+def _n_max(fan_out: str, provider: str, model: str) -> int:
     if fan_out == "requests":
         return 1
-    known = capabilities(provider_of(base_url), model)
+    known = capabilities(provider, model)
     most = 1 if known is None else known.n_max or 1
     return most if fan_out == "auto" or most > 1 else sys.maxsize
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from ec_agents.candidates import Candidate
 from ec_agents.errors import UnsupportedLogprobs
+from ec_agents.servers.redaction import sdk_clients
 
 Covered = Literal["all", "partial", "none", "unknown"]
 
@@ -127,29 +128,51 @@ def capabilities(provider: str, model: str = "") -> Capabilities | None:
 
 
 def provider_of(base_url: str) -> str:
-    """Key of the provider that serves a base URL; ``""`` if it is not known."""
+    """Return the key of the provider that serves a base URL; ``""`` if it is not known."""
     try:
         parts = urlsplit(base_url if "//" in base_url else f"//{base_url}")
-        host, port = f".{parts.hostname or ''}", f":{parts.port}"
+        host, port = parts.hostname or "", f":{parts.port}"
     except ValueError:
         return ""
-    known = table().hosts
-    return next((name for suffix, name in known.items() if host.endswith(f".{suffix}")), known.get(port, ""))
+    return next((name for known, name in _hosts() if known.fullmatch(host)), table().hosts.get(port, ""))
+
+
+@cache
+def _hosts() -> list[tuple[re.Pattern[str], str]]:
+    """The hosts of the table; ``*`` stands for anything within a label, and any labels may come before."""
+    names = {host: re.escape(host).replace(re.escape("*"), "[^.]*") for host in table().hosts}
+    return [(re.compile(f"(.+[.])?{names[host]}"), provider) for host, provider in table().hosts.items()]
+
+
+def provider_of_client(client: object) -> str:
+    """Return the key of the provider that a client of the OpenAI SDK is made for; ``""`` if it is for several."""
+    return _by_class(client) or provider_of(str(getattr(client, "base_url", "")))
+
+
+def _by_class(owner: object) -> str:
+    known = table().classes
+    return next((known[kind.__name__] for kind in type(owner).__mro__ if kind.__name__ in known), "")
 
 
 def endpoint_of(model: object) -> Endpoint | None:
-    """Where a LangChain chat model sends its requests; None if it does not say.
+    """Return where a LangChain chat model sends its requests; None if it does not say.
 
-    Looks at the name of its class and at its attributes, so that no integration has to be installed.
+    Looks at the class name, the clients of the OpenAI SDK and the attributes of the model, so that no integration has
+    to be installed.
     """
-    by_class = next((p for kind in type(model).__mro__ if (p := table().classes.get(kind.__name__))), "")
-    urls = _texts(model, "openai_api_base", "azure_endpoint", "base_url", "api_base", "endpoint_url")
-    client = getattr(model, "root_client", None)
-    base_url = next(iter([*urls, *_texts(client, "base_url")]), by_class)
+    known = getattr(model, "endpoint", None)
+    if isinstance(known, Endpoint):
+        return known
+    clients = sdk_clients(model)
+    owners: list[object] = [model, *clients]
+    provider: str = next((found for owner in owners if (found := _by_class(owner))), "")
+    urls = [url for client in clients for url in _texts(client, "base_url")]
+    urls += _texts(model, "openai_api_base", "azure_endpoint", "base_url", "api_base", "endpoint_url")
+    base_url = next(iter(urls), provider)
     if not base_url:
         return None
     name = next(iter(_texts(model, "model_name", "model", "model_id", "deployment_name")), "")
-    return Endpoint(provider=by_class or provider_of(base_url), base_url=base_url.rstrip("/"), model=name)
+    return Endpoint(provider=provider or provider_of(base_url), base_url=base_url.rstrip("/"), model=name)
 
 
 def refuse_unsupported(

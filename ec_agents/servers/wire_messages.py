@@ -88,7 +88,8 @@ def _additional(message: Json) -> dict[str, Any]:
     """What a message holds besides content and tool calls."""
     kept = {name: message[name] for name in ("function_call", "audio") if message.get(name)}
     reasoning = message.get("reasoning_content") or message.get("reasoning")
-    return {"refusal": message.get("refusal"), **kept, **({"reasoning_content": reasoning} if reasoning else {})}
+    kept |= {"reasoning_content": reasoning} if reasoning else {}
+    return {"refusal": message.get("refusal"), **kept}
 
 
 def _read_call(call: dict[str, Any]) -> Any:
@@ -157,7 +158,8 @@ def _wire_message(message: BaseMessage, *, with_reasoning: bool) -> dict[str, An
     if isinstance(message, ToolMessage):
         return {"content": content, "role": "tool", "tool_call_id": message.tool_call_id}
     name = message.name or message.additional_kwargs.get("name")
-    return {"content": content, "role": _role(message), **({} if name is None else {"name": name})}
+    named = {} if name is None else {"name": str(name)}
+    return {"content": content, "role": _role(message), **named}
 
 
 def _role(message: BaseMessage) -> str:
@@ -210,7 +212,7 @@ def _written_call(identity: str | None, name: str | None, arguments: Any) -> dic
 
 
 def _arguments(block: Json) -> Any:
-    return next((block[key] for key in ("args", "input", "arguments") if key in block), {})
+    return next((block[key] for key in ("args", "input", "arguments") if key in block), None)
 
 
 def _audio(message: AIMessage) -> Any:

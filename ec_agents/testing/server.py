@@ -99,7 +99,7 @@ class FaultServer:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         web = self._web
         app = web.Application(client_max_size=1 << 30)
-        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/{prefix:.*}chat/completions", self._chat)
         app.router.add_get("/v1/models", self._models)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.0, access_log=None)
         await self._runner.setup()

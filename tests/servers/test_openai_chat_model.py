@@ -340,8 +340,7 @@ def test_structured_output(kind: str):
     with FaultServer(response(choice)) as server:
         fast = fast_logprobs(ChatOpenAI(model="any", base_url=server.base_url, api_key="none"))
         model = client(server) if kind == "ours" else fast
-        options: Any = {} if kind == "ours" else {"method": "function_calling"}
-        assert model.with_structured_output(Answer, **options).invoke("hi") == Answer(answer=42)
+        assert model.with_structured_output(Answer, method="function_calling").invoke("hi") == Answer(answer=42)
         assert server.requests[0]["tools"][0]["function"]["name"] == "Answer"
 
 

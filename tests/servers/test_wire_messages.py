@@ -93,7 +93,7 @@ MESSAGES: dict[str, Any] = {
     "assistant": AIMessage,
     "assistant with a call": lambda content: AIMessage(content, tool_calls=[CALL]),
 }
-EXAMPLES: list[BaseMessage] = [
+EXAMPLES: list[Any] = [
     SystemMessage("be brief"),
     SystemMessage("be brief", additional_kwargs={"__openai_role__": "developer"}),
     HumanMessage("hi", name="Bob"),
@@ -104,8 +104,8 @@ EXAMPLES: list[BaseMessage] = [
     AIMessage([{"type": "audio", "id": "audio_1"}, {"type": "text", "text": "hi"}]),
     AIMessage("done", additional_kwargs={"refusal": None, "reasoning_content": "x"}, response_metadata={"a": 1}),
     ToolMessage("42", tool_call_id="c1", name="f"),
-    ChatMessage("hi", role="critic"),
-    FunctionMessage("42", name="f"),
+    ChatMessage(content="hi", role="critic"),
+    FunctionMessage(content="42", name="f"),
 ]
 
 
@@ -219,7 +219,7 @@ def test_a_second_step_with_content_blocks_as_output(run: str):
         for _ in range(2):
             answer = model.invoke(history) if run == "sync" else asyncio.run(model.ainvoke(history))
             history += [answer, ToolMessage("42", tool_call_id="c1")]
-        assert isinstance(answer.content, list)
+        assert isinstance(history[1].content, list)
         sent = server.requests[1]["messages"][1]
         assert sent["tool_calls"] == [call]
         assert sent["content"] == [{"type": "text", "text": "so"}]
