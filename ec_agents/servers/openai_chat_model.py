@@ -125,7 +125,8 @@ class OpenAIChatModel(OneChunkModel):
     def _known_arguments(cls, given: Any) -> Any:
         """Refuse misspelt arguments: without a ``base_url``, the prompt would go to the default host."""
         known = {name for key, field in cls.model_fields.items() for name in (key, field.alias) if name}
-        for name in given if isinstance(given, dict) else ():
+        names: list[str] = list(given) if isinstance(given, dict) else []
+        for name in names:
             if name not in known:
                 near = get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
@@ -133,7 +134,7 @@ class OpenAIChatModel(OneChunkModel):
                     f"{cls.__name__} has no argument {name!r}; {hint}Other parameters of a request belong in "
                     "model_kwargs={…}, and those that only the server knows in extra_body={…}"
                 )
-        return given
+        return cast("Any", given)
 
     def model_post_init(self, context: Any, /) -> None:  # noqa: ARG002 - pydantic's signature
         """Find the server, and refuse clients of different ones."""
@@ -234,7 +235,7 @@ class OpenAIChatModel(OneChunkModel):
             raise ConfigError("json_mode has no schema for the server to keep to; leave strict out")
         shown = {"ls_structured_output_format": {"kwargs": {"method": method, "strict": strict}, "schema": schema}}
         if method == "function_calling":
-            name = convert_to_openai_tool(schema)["function"]["name"]
+            name = convert_to_openai_tool(cast("Any", schema))["function"]["name"]
             options: dict[str, Any] = {
                 "tool_choice": name,
                 "parallel_tool_calls": False,
@@ -400,7 +401,7 @@ def _response_format(schema: Any, *, strict: bool | None) -> dict[str, Any]:
         return {"type": "json_schema", "json_schema": schema}
     if strict is None:
         strict = bool(cast("dict[str, Any]", schema).get("strict")) if isinstance(schema, dict) else False
-    function = convert_to_openai_function(schema, strict=strict)
+    function = convert_to_openai_function(cast("Any", schema), strict=strict)
     parameters = function.pop("parameters")
     return {"type": "json_schema", "json_schema": {**function, "schema": parameters}}
 

@@ -86,7 +86,7 @@ def choice_message(choice: Json, response: Json) -> AIMessage:
 
 def _additional(message: Json) -> dict[str, Any]:
     """What a message holds besides content and tool calls."""
-    kept = {name: message[name] for name in ("function_call", "audio") if message.get(name)}
+    kept: dict[str, Any] = {name: message[name] for name in ("function_call", "audio") if message.get(name)}
     reasoning = message.get("reasoning_content") or message.get("reasoning")
     kept |= {"reasoning_content": reasoning} if reasoning else {}
     return {"refusal": message.get("refusal"), **kept}
