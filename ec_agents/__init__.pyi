@@ -37,6 +37,7 @@ from ec_agents.errors import (
     StateError as StateError,
     TraceError as TraceError,
     UnsupportedLogprobs as UnsupportedLogprobs,
+    WriteError as WriteError,
 )
 from ec_agents.logprobs import (
     choice_candidate as choice_candidate,

@@ -4,7 +4,7 @@ Everything here is plain frozen data that knows no framework. ``to_builtins`` an
 checkpoint may hold (dict, list, str, int, float, bytes) and back.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self, cast
 
@@ -366,3 +366,12 @@ class Trajectory:
     """Name of the task that the run is about."""
     steps: Sequence[Step] = ()
     """In the order in which they were taken."""
+
+
+def add_usage(usages: Iterable[Mapping[str, int] | None]) -> dict[str, int]:
+    """Add up token counts by name; None, for what was not reported, adds nothing."""
+    total: dict[str, int] = {}
+    for usage in usages:
+        for name, count in (usage or {}).items():
+            total[name] = total.get(name, 0) + count
+    return total

@@ -13,12 +13,14 @@ EcAgentsError
 ├── FailedCall                        a failed call of a step, as read back from a checkpoint
 ├── SelectionError                    nothing could be scored and the policy is to raise
 ├── StateError                        a checkpoint holds candidates that this version cannot read
-└── TraceError                        a trace cannot be read or written; .path, .line
+├── TraceError                        a trace cannot be read or written; .path, .line
+└── WriteError                        another file cannot be written; .path
 ```
 """
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
 
 class EcAgentsError(Exception):
@@ -98,3 +100,19 @@ class TraceError(EcAgentsError):
         super().__init__(message)
         self.path = Path(path)
         self.line = line
+
+
+class WriteError(EcAgentsError):
+    """A file cannot be written: the disk is full, or its folder is missing or read-only."""
+
+    path: Path
+    """The file."""
+
+    def __init__(self, message: str, path: str | Path) -> None:
+        super().__init__(message)
+        self.path = Path(path)
+
+    @classmethod
+    def of(cls, path: str | Path, error: OSError) -> Self:
+        """What the system said about a file, in one line."""
+        return cls(f"{path} cannot be written: {error.strerror or error}", path)

@@ -17,7 +17,7 @@ from langgraph.constants import TAG_NOSTREAM
 
 from ec_agents.agents.quiet_model import is_stream, one_step
 from ec_agents.agents.telemetry import choice_span, sampling_span
-from ec_agents.candidates import Candidate, CandidateSet, Selection, Step
+from ec_agents.candidates import Candidate, CandidateSet, Selection, Step, add_usage
 from ec_agents.errors import FailedCall, StateError, TraceError
 from ec_agents.messages import SIGNALS_KEY
 from ec_agents.selection import Selector
@@ -238,11 +238,7 @@ def shortened(found: dict[str, Any]) -> dict[str, Any]:
 
 def total_usage(drawn: CandidateSet) -> dict[str, int]:
     """Tokens of all candidates together, and of responses that were thrown away, as far as they are reported."""
-    total = dict(drawn.spent)
-    for candidate in drawn.candidates:
-        for key, count in (candidate.usage or {}).items():
-            total[key] = total.get(key, 0) + count
-    return total
+    return add_usage([drawn.spent, *(candidate.usage for candidate in drawn.candidates)])
 
 
 def describe_failure(failure: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What ``ec-agents demo`` shows: agents at work step by step, then how often each way of choosing was right."""
+"""``ec-agents demo``: agents at work step by step, then the accuracy of each selection strategy."""
 
 import asyncio
 import math
@@ -19,6 +19,7 @@ from rich.text import Text
 
 from ec_agents.agents.graph import create_centroid_agent, unpack_candidates
 from ec_agents.candidates import Candidate, TokenSignals
+from ec_agents.cli.terminal import printable
 from ec_agents.embedded.tasks import Task, find_solution, make_tasks, replay
 from ec_agents.errors import SamplingError
 from ec_agents.sampling import sample
@@ -27,11 +28,11 @@ from ec_agents.selection import Selector
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 32
-"""Characters of the picture of a candidate's uncertainty."""
+"""Characters of the bar that shows a candidate's uncertainty."""
 RECURSION_LIMIT = 40
 
-Policy = Literal["first", "centroid", "centroid-short", "oracle"]
-POLICIES: Mapping[Policy, str] = {
+Strategy = Literal["first", "centroid", "centroid-short", "oracle"]
+STRATEGIES: Mapping[Strategy, str] = {
     "first": "first candidate",
     "centroid": "lowest centroid, paper (1, 80, 2)",
     "centroid-short": "lowest centroid, short (5, 50, 3)",
@@ -41,15 +42,17 @@ POLICIES: Mapping[Policy, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    """Which tasks of a family each policy got right."""
+    """The outcomes of each strategy on the tasks of a family."""
 
     family: str
-    right: Mapping[Policy, list[bool]] = field(default_factory=lambda: {policy: list[bool]() for policy in POLICIES})
+    right: Mapping[Strategy, list[bool]] = field(
+        default_factory=lambda: {strategy: list[bool]() for strategy in STRATEGIES}
+    )
     failures: list[SamplingError] = field(default_factory=list[SamplingError])
-    """What ended a run in which too few calls succeeded; it counts as not right."""
+    """Errors of the runs in which too few calls succeeded; these count as not right."""
 
     def check(self, n_runs: int) -> Self:
-        """These results, if anything was measured.
+        """Return these results if anything was measured.
 
         Raises:
             SamplingError: Every run failed.
@@ -60,7 +63,7 @@ class Results:
 
 
 class PlayOracle:
-    """Scores an action by what only the task's author knows: whether the goal can still be reached after it."""
+    """Scores an action by knowledge of the task: whether the goal can still be reached after it."""
 
     name = "oracle"
     best: Literal["lowest", "highest"] = "highest"
@@ -68,7 +71,7 @@ class PlayOracle:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.expressions: list[str] = []
-        """What the run has done so far."""
+        """Expressions that the run has calculated so far."""
 
     def __call__(self, candidates: Sequence[Candidate]) -> Scores:
         """1 for an action that keeps the goal in reach, otherwise 0; ``(N,)``."""
@@ -83,7 +86,7 @@ class PlayOracle:
 
 
 def picture(signals: TokenSignals | None, width: int = WIDTH) -> str:
-    """One line: the highest token entropy in each of ``width`` equal parts of a response; blank where none is known."""
+    """The highest token entropy in each of ``width`` equal parts of a response, as bars; blank where unknown."""
     if signals is None or not signals.n_tokens:
         return ""
     parts = np.array_split(signals.entropies, min(width, signals.n_tokens))
@@ -93,7 +96,7 @@ def picture(signals: TokenSignals | None, width: int = WIDTH) -> str:
 
 
 def wilson(right: int, total: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a share, both ends in 0..1.
+    """Wilson interval of a share, both ends in 0..1.
 
     Source:
         E. B. Wilson, JASA 22 (1927) 209-212.
@@ -133,21 +136,23 @@ async def show_task(model: BaseChatModel, task: Task, console: Console, *, n: in
             for message in change.get("messages", []):
                 messages.append(message)
                 if isinstance(message, ToolMessage):
-                    console.print(Text(f"  tool: {message.text}"))
+                    console.print(Text(printable(f"  tool: {message.text}")))
     except GraphRecursionError:
         console.print(Text(f"  given up after {step} steps"))
     except SamplingError as error:
         if step == 0:
-            raise  # nothing works yet: say so and end
-        console.print(Text(f"  failed after {step} steps: {error}", "red"))
+            raise  # nothing works at all
+        console.print(Text(printable(f"  failed after {step} steps: {error}"), "red"))
         return
     final = messages[-1].text
     right = task.check(final, _expressions(messages))
-    console.print(Text(f"  final answer: {final}  ", end=""), Text("right", "green") if right else Text("wrong", "red"))
+    console.print(
+        Text(printable(f"  final answer: {final}  "), end=""), Text("right", "green") if right else Text("wrong", "red")
+    )
 
 
 async def measure(model: BaseChatModel, *, count: int, n: int, seed: int, on_done: Callable[[], None]) -> list[Results]:
-    """Which of ``count`` held-out tasks of each family each policy gets right; calls ``on_done`` after each task."""
+    """Measure each strategy on ``count`` held-out tasks of each family; ``on_done`` is called after each task."""
     return [
         await _measure_play(model, make_tasks("play", count, seed=seed), n, on_done),
         await _measure_one_step(model, make_tasks("solve", count, seed=seed), n, on_done),
@@ -156,12 +161,12 @@ async def measure(model: BaseChatModel, *, count: int, n: int, seed: int, on_don
 
 
 async def run(model: BaseChatModel, console: Console, *, shown: int, count: int, n: int, seed: int) -> None:
-    """The whole demonstration: ``shown`` tasks step by step, then a summary over ``count`` tasks of each family."""
+    """Show ``shown`` tasks step by step, then a summary over ``count`` tasks of each family."""
     for task in make_tasks("play", shown, seed=seed + 1):
         await show_task(model, task, console, n=n)
     if count == 0:
         return
-    console.rule(Text(f"Summary: {count} other tasks of each family, {n} candidates a step"))
+    console.rule(Text(f"Summary: {count} other tasks of each family, {n} candidates per step"))
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("running", total=3 * count)
         results = await measure(model, count=count, n=n, seed=seed, on_done=lambda: progress.advance(bar))
@@ -170,17 +175,17 @@ async def run(model: BaseChatModel, console: Console, *, shown: int, count: int,
         console.print(Text(verdict(result)))
         if result.failures:
             failed = f"{len(result.failures)} runs failed and count as not right, the first with: {result.failures[0]}"
-            console.print(Text(f"{result.family}: {failed}", "red"))
+            console.print(Text(printable(f"{result.family}: {failed}"), "red"))
 
 
 def verdict(result: Results) -> str:
-    """One plain sentence: whether the lowest centroid beat the first candidate on these tasks."""
+    """Say in one sentence whether the lowest centroid beat the first candidate on these tasks."""
     pairs = list(zip(result.right["centroid"], result.right["first"], strict=True))
     better = sum(ours and not first for ours, first in pairs)
     worse = sum(first and not ours for ours, first in pairs)
     p = sign_test(better, worse)
     if p < 0.05:
-        said = "the lowest centroid helps here" if better > worse else "the lowest centroid does harm here"
+        said = "the lowest centroid helps here" if better > worse else "the lowest centroid hurts here"
     else:
         said = "these tasks do not show that the lowest centroid helps"
     counts = f"right where the first is wrong: {better}, the reverse: {worse}; sign test p = {p:.2g}"
@@ -190,19 +195,19 @@ def verdict(result: Results) -> str:
 async def _measure_play(model: BaseChatModel, tasks: Sequence[Task], n: int, on_done: Callable[[], None]) -> Results:
     results = Results(family="play")
 
-    async def one(task: Task) -> dict[Policy, bool]:
-        right = await asyncio.gather(*(_play(model, task, policy, n, results.failures) for policy in POLICIES))
+    async def one(task: Task) -> dict[Strategy, bool]:
+        right = await asyncio.gather(*(_play(model, task, strategy, n, results.failures) for strategy in STRATEGIES))
         on_done()
-        return dict(zip(POLICIES, right, strict=True))
+        return dict(zip(STRATEGIES, right, strict=True))
 
     for outcome in await asyncio.gather(*map(one, tasks)):
-        for policy, right in outcome.items():
-            results.right[policy].append(right)
-    return results.check(len(tasks) * len(POLICIES))
+        for strategy, right in outcome.items():
+            results.right[strategy].append(right)
+    return results.check(len(tasks) * len(STRATEGIES))
 
 
-async def _play(model: BaseChatModel, task: Task, policy: Policy, n: int, failures: list[SamplingError]) -> bool:
-    """Whether a run of its own under one policy solves the task; a failure is added to ``failures``."""
+async def _play(model: BaseChatModel, task: Task, strategy: Strategy, n: int, failures: list[SamplingError]) -> bool:
+    """Run the task under one strategy, and return whether it was solved; a failure is added to ``failures``."""
     oracle = PlayOracle(task)
     calc = task.calc_tool()
 
@@ -211,8 +216,8 @@ async def _play(model: BaseChatModel, task: Task, policy: Policy, n: int, failur
         return calc(expression)
 
     counted.__name__, counted.__doc__ = calc.__name__, calc.__doc__
-    scorer = {**_scorers(), "oracle": oracle}[policy]
-    width = 1 if policy == "first" else n
+    scorer = {**_scorers(), "oracle": oracle}[strategy]
+    width = 1 if strategy == "first" else n
     agent = create_centroid_agent(
         model, [counted], n=width, selector=Selector(scorer=scorer), recursion_limit=RECURSION_LIMIT
     )
@@ -243,14 +248,14 @@ async def _measure_one_step(
 
     for task, candidates in await asyncio.gather(*map(one, tasks)):
         right = {candidate.index: task.check(candidate.content) for candidate in candidates}
-        for policy, scorer in _scorers().items():
+        for strategy, scorer in _scorers().items():
             chosen = Selector(scorer=scorer)(candidates).chosen if candidates else None
-            results.right[policy].append(chosen is not None and right[chosen])
+            results.right[strategy].append(chosen is not None and right[chosen])
         results.right["oracle"].append(any(right.values()))
     return results.check(len(tasks))
 
 
-def _scorers() -> dict[Policy, Any]:
+def _scorers() -> dict[Strategy, Any]:
     return {"first": FirstScorer(), "centroid": CentroidScorer("paper"), "centroid-short": CentroidScorer("short")}
 
 
@@ -279,7 +284,7 @@ def _step_table(step: int, candidates: Sequence[Candidate], decision: Mapping[st
             "-" if score is None else f"{score:.3f}",
             str(decision["n_tokens"].get(str(index), "-")),
             picture(candidate.signals),
-            Text(f"{_action(candidate)} {flaws}".strip()),
+            Text(printable(f"{_action(candidate)} {flaws}").strip()),
             style="bold green" if chosen else "",
         )
     return table
@@ -293,16 +298,16 @@ def _action(candidate: Candidate) -> str:
 def _summary_table(results: Sequence[Results]) -> Table:
     table = Table(title="right answers, with 95 % intervals (Wilson)", title_justify="left")
     table.add_column("family")
-    table.add_column("choice at every step")
+    table.add_column("strategy")
     table.add_column("right", justify="right")
     table.add_column("share", justify="right")
     table.add_column("95 %", justify="right")
     for result in results:
-        for policy, outcomes in result.right.items():
+        for strategy, outcomes in result.right.items():
             low, high = wilson(sum(outcomes), len(outcomes))
             table.add_row(
                 result.family,
-                POLICIES[policy],
+                STRATEGIES[strategy],
                 f"{sum(outcomes)}/{len(outcomes)}",
                 f"{sum(outcomes) / len(outcomes):.0%}",
                 f"{low:.0%} - {high:.0%}",

@@ -1,8 +1,7 @@
-"""What ``ec-agents eval`` does: the run with its progress bar, the table, the files."""
+"""``ec-agents eval``: the run with its progress bar, the table, the files."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -16,120 +15,121 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ec_agents.cli.options import EvalOptions
 from ec_agents.embedded.tasks import FAMILIES
 from ec_agents.errors import ConfigError
-from ec_agents.evaluation.comparison import BASELINES, evaluate
+from ec_agents.evaluation.comparison import evaluate
 from ec_agents.evaluation.factories import Factory, embedded_agent, embedded_model
 from ec_agents.evaluation.html import write_evaluation_report
 from ec_agents.evaluation.markdown import write_markdown
 from ec_agents.evaluation.outcomes import grade, read_outcomes
-from ec_agents.evaluation.run import EvalRun, EvalSettings, Progress
-from ec_agents.evaluation.table import ALWAYS, Evaluation, Row
+from ec_agents.evaluation.run import EvalRun, Progress
+from ec_agents.evaluation.settings import ALWAYS, EvalSettings
+from ec_agents.evaluation.table import Evaluation, Row
 from ec_agents.evaluation.tasks import checker, load, read_tasks
-from ec_agents.scoring import SCORERS, scorer_named
-from ec_agents.selection import Selector
+from ec_agents.files import make_folder
+from ec_agents.scoring import SCORERS
+from ec_agents.selection import Selector, as_selector
 from ec_agents.trace import read_steps
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """The options of the command that need thought."""
-
-    tasks: str
-    out: Path
-    agent: str | None = None
-    check: str | None = None
-    selectors: Sequence[str] = ("centroid",)
-    baselines: Sequence[str] = BASELINES
-    tuned: Sequence[str] = ()
-    prices: str | None = None
-    limit: int | None = None
-    trials: int = 1
-    concurrency: int = 4
-    n: int = 8
-    seed: int = 0
-    seed_calls: bool | None = None
-    top_logprobs: int = 20
-    command: str = ""
-    """The whole command, for readers of the table."""
+FOLDS = 5
+"""Folds of the cross-fitting of --tune."""
 
 
-def run_request(request: Request, console: Console) -> Evaluation:
-    """Run what is missing, then make the table; writes ``evaluation.json``, ``results.md`` and ``report.html``.
+def run_evaluation(options: EvalOptions, console: Console, *, command: str = "") -> Evaluation:
+    """Do the missing runs and compute the table; write ``evaluation.json``, ``results.md`` and ``report.html``.
+
+    Args:
+        options: The options of the command.
+        console: Shows the progress.
+        command: The whole command, for readers of the table.
 
     Raises:
         ConfigError: An option does not fit.
-        SamplingError: One infrastructure error came after another.
+        SamplingError: The runs ended in errors.
+        WriteError: A file cannot be written.
     """
-    tasks, is_embedded = read_tasks(request.tasks, limit=request.limit, seed=request.seed)
-    if request.agent is None and not is_embedded:
-        raise ConfigError(f"--agent is needed for tasks of a file; without it only {', '.join(FAMILIES)} can be run")
-    run = EvalRun(
-        settings=EvalSettings(
-            tasks=request.tasks,
-            agent=request.agent or "embedded",
-            n=request.n,
-            seed=request.seed,
-            seed_calls=request.agent is None if request.seed_calls is None else request.seed_calls,
-            top_logprobs=request.top_logprobs or None,
-        ),
-        tasks=tasks,
-        factory=_factory(request),
-        check=checker(request.check or ("embedded" if is_embedded else "exact")),
-        selectors=named_selectors([*request.selectors, *request.baselines]),
-        out=request.out,
-        trials=request.trials,
-        concurrency=request.concurrency,
-    )
-    if run.is_multi_step and request.tuned:
-        raise ConfigError("--tune works on one-step tasks, where all settings see the same candidates")
+    prices, grids = _prices(options.prices), _grids(options.tune)
+    run, n_tasks = _prepared(options)
+    if run.is_multi_step and grids:
+        raise ConfigError("--tune needs one-step tasks, where all settings see the same candidates")
+    if grids and n_tasks < FOLDS:
+        raise ConfigError(f"--tune needs {FOLDS} tasks or more, one for each fold; found {n_tasks}")
     with _bar(console) as bar:
         run.on_progress = _progress(bar)
         asyncio.run(run.run())
-    tuned = {} if run.is_multi_step else {"tuned": _grids(request.tuned)}
-    return _finished(run.evaluation(baselines=request.baselines, prices=_prices(request.prices), **tuned), request)
+    tuned = {} if run.is_multi_step else {"tuned": grids, "folds": FOLDS}
+    return _saved(run.evaluation(baselines=options.baseline, prices=prices, **tuned), options, command)
 
 
-def replay_request(trace: str, outcomes: Path, request: Request) -> Evaluation:
-    """The table of a trace whose outcomes are in a file; no model is called.
+def replay_evaluation(options: EvalOptions, outcomes: Path, *, command: str = "") -> Evaluation:
+    """Compute the table of a trace whose outcomes are in a file; no model is called.
 
     Raises:
         ConfigError: An option does not fit, or no step has outcomes.
         TraceError: A file cannot be read.
+        WriteError: A file cannot be written.
     """
-    names = [name for name in (*request.selectors, *request.baselines) if name not in ALWAYS]
-    graded = grade(read_steps(trace), read_outcomes(outcomes))
-    table = evaluate(
-        graded,
-        {name: selector for name, selector in named_selectors(names).items() if name not in ALWAYS},
-        baselines=request.baselines,
-        tuned=_grids(request.tuned),
-        prices=_prices(request.prices),
-        seed=request.seed,
+    prices, grids = _prices(options.prices), _grids(options.tune)
+    selectors = named_selectors([*options.selector, *options.baseline])
+    make_folder(options.out)
+    evaluation = evaluate(
+        grade(read_steps(options.tasks), read_outcomes(outcomes)),
+        {name: selector for name, selector in selectors.items() if name not in ALWAYS},
+        baselines=options.baseline,
+        tuned=grids,
+        prices=prices,
+        seed=options.seed,
+        folds=FOLDS,
     )
-    request.out.mkdir(parents=True, exist_ok=True)
-    return _finished(table, request)
+    return _saved(evaluation, options, command)
+
+
+def _prepared(options: EvalOptions) -> tuple[EvalRun, int]:
+    """The evaluation, and the number of its tasks."""
+    tasks, is_embedded = read_tasks(options.tasks, limit=options.limit, seed=options.seed)
+    if options.agent is None and not is_embedded:
+        raise ConfigError(f"--agent is needed for tasks of a file; without it only {', '.join(FAMILIES)} can be run")
+    run = EvalRun(
+        settings=EvalSettings(
+            tasks=options.tasks,
+            agent=options.agent or "embedded",
+            n=options.n,
+            seed=options.seed,
+            seed_calls=options.agent is None if options.seed_calls is None else options.seed_calls,
+            top_logprobs=options.top_logprobs or None,
+        ),
+        tasks=tasks,
+        factory=_factory(options),
+        check=checker(options.check or ("embedded" if is_embedded else "exact")),
+        selectors=named_selectors([*options.selector, *options.baseline]),
+        out=options.out,
+        trials=options.trials,
+        concurrency=options.concurrency,
+    )
+    return run, len(tasks)
 
 
 def named_selectors(names: Iterable[str]) -> dict[str, Selector]:
-    """Selectors by the names of their scorers; ``all`` stands for every one.
+    """Make selectors by name; ``all`` stands for every one.
 
     Raises:
-        ConfigError: There is no scorer of that name.
+        ConfigError: No scorer has that name.
     """
-    wanted = dict.fromkeys(found for name in names for found in (SCORERS if name == "all" else (name,)))
-    return {name: Selector(scorer=scorer_named(name)) for name in wanted}
+    wanted = dict.fromkeys(one for name in names for one in (SCORERS if name == "all" else (name,)))
+    return {name: as_selector(name) for name in wanted if name not in {"avg@1", "oracle"}}
 
 
 def table_of(evaluation: Evaluation) -> Table:
-    """The table as the terminal shows it: percent, points, and a star where the corrected p-value is below 0.05."""
-    title = f"{evaluation.n_tasks} tasks, {evaluation.n_draws} draws, {evaluation.n_failed} failed calls or runs"
+    """The table for the terminal: percent, points, and a star if the corrected p-value is below 0.05."""
+    unit = "steps" if evaluation.n_candidates else "runs of each selector"
+    title = f"{evaluation.n_tasks} tasks, {evaluation.n_draws} {unit}, {evaluation.n_failed} failed calls or runs"
     if evaluation.n_restarted:
-        title += f", {evaluation.n_restarted} runs begun again ({evaluation.n_repeated} calls made twice)"
+        title += f", {evaluation.n_restarted} runs started over ({evaluation.n_repeated} calls repeated)"
     caption = f"{evaluation.level:.0%} intervals over tasks; * p < 0.05, paired, Holm-corrected"
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=None)
     table.padding, table.pad_edge = (0, 1, 0, 0), False
-    baselines = [name for name in evaluation.baselines if any(name in row.versus for row in evaluation.rows)]
+    baselines = evaluation.compared
     table.add_column("selector", no_wrap=True, max_width=40)
     table.add_column("right", justify="right", no_wrap=True)
     for column in ("AUROC", *(f"- {name}" for name in baselines)):
@@ -150,14 +150,14 @@ def _cells(row: Row, baselines: Sequence[str]) -> list[str]:
     ]
 
 
-def _factory(request: Request) -> Factory:
-    if request.agent is not None:
-        return load(request.agent, "--agent")
-    return embedded_agent if request.tasks == "play" else embedded_model
+def _factory(options: EvalOptions) -> Factory:
+    if options.agent is not None:
+        return load(options.agent, "--agent")
+    return embedded_agent if options.tasks == "play" else embedded_model
 
 
 def _grids(texts: Sequence[str]) -> dict[str, dict[str, Selector]]:
-    """``--tune a,b`` → a row that is the better of a and b, chosen by cross-fitting."""
+    """``--tune a,b`` → a row for the better of a and b, chosen by cross-fitting."""
     return {f"tuned({text})": named_selectors(text.split(",")) for text in texts}
 
 
@@ -166,17 +166,19 @@ def _prices(text: str | None) -> tuple[float, float] | None:
         return None
     try:
         given, taken = (float(part) for part in text.split(","))
+        if not (0 <= given < float("inf") and 0 <= taken < float("inf")):
+            raise ValueError(text)  # noqa: TRY301 - one message for both faults
     except ValueError as error:
         raise ConfigError(
-            f"--prices must be two numbers, per million input and output tokens; found {text!r}"
+            f"--prices must be two numbers, per million input and output tokens, such as 0.15,0.60; found {text!r}"
         ) from error
     return given, taken
 
 
-def _finished(evaluation: Evaluation, request: Request) -> Evaluation:
-    evaluation.save(request.out / "evaluation.json")
-    write_markdown(evaluation, request.out / "results.md", title=Path(request.tasks).name, command=request.command)
-    write_evaluation_report(evaluation, request.out / "report.html")
+def _saved(evaluation: Evaluation, options: EvalOptions, command: str) -> Evaluation:
+    evaluation.save(options.out / "evaluation.json")
+    write_markdown(evaluation, options.out / "results.md", title=Path(options.tasks).name, command=command)
+    write_evaluation_report(evaluation, options.out / "report.html")
     return evaluation
 
 

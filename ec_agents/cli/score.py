@@ -1,14 +1,15 @@
-"""What ``ec-agents score`` does: every candidate of a file under any scorers, as rows, streamed."""
+"""``ec-agents score``: every candidate of a file under any scorers, as rows, streamed."""
 
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
 from ec_agents.candidates import Candidate, Selection, Step
+from ec_agents.cli.terminal import one_line
 from ec_agents.errors import ConfigError, SelectionError
+from ec_agents.files import replacing
 from ec_agents.scoring import scorer_named
 from ec_agents.selection import Selector
 from ec_agents.trace import read_steps
@@ -16,6 +17,8 @@ from ec_agents.trace import read_steps
 DEFAULT_SCORERS = ("centroid", "centroid-short", "standardized-centroid", "mean-entropy", "mean-logprob")
 FORMS = ("table", "csv", "jsonl")
 LEADING = ("run", "step", "candidate", "chosen", "tokens")
+_FORMULA = ("=", "+", "-", "@")
+"""A spreadsheet evaluates a cell that begins with one of these, after any spaces."""
 TRAILING = ("margin_sd", "above_noise", "flaws")
 
 Row = Mapping[str, Any]
@@ -24,20 +27,20 @@ Row = Mapping[str, Any]
 def score_rows(
     path: str | Path, names: Sequence[str] = DEFAULT_SCORERS, *, group_by: str | None = None
 ) -> Iterator[Row]:
-    """One row for each candidate of a file, in order; one run at a time is in memory.
+    """Yield one row per candidate of a file, in order; one run at a time is in memory.
 
     A row has ``run``, ``step``, ``candidate``, ``chosen`` (by the first scorer), ``tokens``, the score of each scorer,
-    and for the chosen candidate ``margin_sd`` and ``above_noise``; ``flaws`` names what is wrong with a candidate. None
-    stands for what does not exist. Where the first scorer can score no candidate, none is chosen. A failed response
-    is a row whose ``flaws`` say what happened.
+    and for the chosen candidate ``margin_sd`` and ``above_noise``; ``flaws`` names the flaws of a candidate. Missing
+    values are None. If the first scorer can score no candidate, none is chosen. The ``flaws`` of a failed response are
+    its error.
 
     Args:
-        path: Whatever ``read_trajectories`` reads.
+        path: Any file that ``read_trajectories`` reads.
         names: Names in ``SCORERS``; the first one chooses.
         group_by: See ``read_trajectories``.
 
     Raises:
-        ConfigError: A scorer is unknown, or none is given.
+        ConfigError: A scorer is unknown, or no scorer is given.
         TraceError: The file cannot be read.
     """
     if not names:
@@ -47,18 +50,20 @@ def score_rows(
 
 
 def columns(names: Sequence[str]) -> list[str]:
-    """The columns of the rows, in order."""
+    """Names of the columns, in order."""
     return [*LEADING, *names, *TRAILING]
 
 
 def write_rows(rows: Iterable[Row], names: Sequence[str], out: TextIO, form: str) -> int:
-    """Write the rows as they come: as ``table`` for people, as ``csv`` or ``jsonl`` for programs.
+    """Write the rows as they come: as a ``table`` for people, as ``csv`` or ``jsonl`` for programs.
+
+    In CSV, a text that a spreadsheet would take for a formula begins with an apostrophe.
 
     Returns:
-        How many there were.
+        The number of rows.
 
     Raises:
-        ConfigError: Another form is asked for.
+        ConfigError: ``form`` is none of these.
     """
     if form not in FORMS:
         raise ConfigError(f"rows can be written as {', '.join(FORMS)}; found {form!r}")
@@ -72,7 +77,7 @@ def write_rows(rows: Iterable[Row], names: Sequence[str], out: TextIO, form: str
     for row in rows:
         count += 1
         if form == "csv":
-            writer.writerow([row[name] for name in header])
+            writer.writerow([_csv_cell(row[name]) for name in header])
         elif form == "table":
             out.write(_line([_cell(row[name]) for name in header], header))
         else:
@@ -81,20 +86,20 @@ def write_rows(rows: Iterable[Row], names: Sequence[str], out: TextIO, form: str
 
 
 def write_file(path: Path, rows: Iterator[Row], names: Sequence[str]) -> int:
-    """Write the rows to a ``.csv`` or ``.jsonl`` file, which is not touched if there is nothing to write.
+    """Write the rows to a ``.csv`` or ``.jsonl`` file, which is replaced when all rows are written.
 
     Returns:
-        How many rows there were.
+        The number of rows.
 
     Raises:
-        ConfigError: The name of the file has another ending.
+        ConfigError: The file name has another suffix.
+        WriteError: The file cannot be written.
     """
     form = path.suffix.lstrip(".")
     if form not in {"csv", "jsonl"}:
         raise ConfigError(f"rows can be written to a .csv or .jsonl file; found {path.name!r}")
-    first = list(islice(rows, 1))
-    with path.open("w", encoding="utf-8", newline="") as out:
-        return write_rows(chain(first, rows), names, out, form)
+    with replacing(path) as out:
+        return write_rows(rows, names, out, form)
 
 
 def _cell(value: Any) -> str:
@@ -106,11 +111,15 @@ def _cell(value: Any) -> str:
         case float():
             return f"{value:.4g}"
         case _:
-            return "".join(character if character.isprintable() else "�" for character in str(value))
+            return one_line(value)
+
+
+def _csv_cell(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(_FORMULA) else value
 
 
 def _line(cells: Sequence[str], header: Sequence[str]) -> str:
-    """One line of the table; the last column, which may be long, is not padded."""
+    """One line of the table; the last column may be long and is not padded."""
     widths = [max(len(name), 9) for name in header[:-1]]
     padded = [f"{cell:{width}.{width}}" for cell, width in zip(cells[:-1], widths, strict=True)]
     return f"{' '.join(padded)} {cells[-1]:.80}".rstrip() + "\n"

@@ -13,7 +13,7 @@ from ec_agents.evaluation.outcomes import (
 )
 from ec_agents.evaluation.plots import write_plots as write_plots
 from ec_agents.evaluation.run import EvalRun as EvalRun, Progress as Progress
-from ec_agents.evaluation.store import EvalSettings as EvalSettings
+from ec_agents.evaluation.settings import EvalSettings as EvalSettings
 from ec_agents.evaluation.table import Evaluation as Evaluation, Row as Row, load_evaluation as load_evaluation
 from ec_agents.evaluation.tasks import (
     EvalTask as EvalTask,

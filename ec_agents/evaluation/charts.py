@@ -1,9 +1,18 @@
-"""Small charts as SVG text: no styles of their own, only classes, so that a page's colours and policy hold for them."""
+"""The charts of an evaluation: what they show, and how they look as SVG.
+
+The SVG has classes instead of styles, so that the page's colours and security policy apply to it.
+"""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+
+from ec_agents.evaluation.settings import REFERENCES
+from ec_agents.evaluation.table import Evaluation, Row
+
+MOST_LINES = 5
+"""Selectors in a chart, besides the references."""
 
 WIDTH, HEIGHT = 420, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 22, 12, 40
@@ -16,23 +25,83 @@ class Series:
     """A line of a chart."""
 
     name: str
-    """In the legend."""
+    """Name in the legend."""
     points: Sequence[Point]
-    """x, y."""
+    """x and y of each point."""
     style: str
-    """Class of the line: ``s0`` to ``s4``, or ``reference`` with a number."""
+    """Class of the line: ``s0`` to ``s4`` for selectors, ``reference r0`` to ``reference r2`` for references."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """Lines over one axis; y is a share."""
+
+    series: Sequence[Series]
+    """The lines."""
+    x: str
+    """Label of the x axis."""
+    y: str
+    """Label of the y axis."""
+    is_log: bool = False
+    """Whether the x axis is logarithmic."""
+
+
+def shown_rows(evaluation: Evaluation) -> list[tuple[Row, str]]:
+    """The rows that charts show, each with the style of its line: the references and the first selectors."""
+    styles = {name: f"reference r{i}" for i, name in enumerate(REFERENCES)}
+    references = [(row, styles[name]) for name in REFERENCES for row in evaluation.rows if row.selector == name]
+    return references + [(row, f"s{i}") for i, row in enumerate(evaluation.own[:MOST_LINES])]
+
+
+def accuracy_by_n(evaluation: Evaluation) -> Chart | None:
+    """Accuracy against the number of candidates; None without curves."""
+    series = [
+        Series(name=row.selector, style=style, points=list(row.curve.items()))
+        for row, style in shown_rows(evaluation)
+        if row.curve
+    ]
+    return _unless_flat(Chart(series=series, x="candidates per step", y="accuracy", is_log=True))
+
+
+def gain_by_tokens(evaluation: Evaluation) -> Chart | None:
+    """Gain over a single call against the tokens of n candidates; None without curves or token counts."""
+    single = next((row.accuracy.value for row in evaluation.rows if row.selector == "avg@1"), math.nan)
+    series = [
+        Series(
+            name=row.selector,
+            style=style,
+            points=[(row.tokens * n / max(row.curve), value - single) for n, value in row.curve.items()],
+        )
+        for row, style in shown_rows(evaluation)
+        if row.curve and row.tokens and row.selector != "random"
+    ]
+    return _unless_flat(Chart(series=series, x="tokens per task", y="gain over a single call", is_log=True))
+
+
+def accuracy_by_margin(row: Row) -> Chart | None:
+    """Accuracy of the choice, and of a random one, from small margins to large ones; None without margins."""
+    series = [
+        Series(name="chosen", style="s0", points=[(bin_.margin, bin_.right) for bin_ in row.margins]),
+        Series(name="random", style="reference r2", points=[(bin_.margin, bin_.random) for bin_ in row.margins]),
+    ]
+    return _unless_flat(Chart(series=series, x=f"margin of {row.selector}", y="accuracy"))
+
+
+def _unless_flat(chart: Chart) -> Chart | None:
+    """The chart, if it has two or more different x."""
+    return chart if len({x for series in chart.series for x, _ in series.points}) > 1 else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """One axis: from data to pixels."""
+    """An axis, which maps values to positions."""
 
     low: float
     high: float
     ticks: Sequence[float]
     label: str
     text: Callable[[float], str]
-    """How a tick is written."""
+    """Formats a tick."""
     is_log: bool = False
 
     def share(self, value: float) -> float:
@@ -41,13 +110,16 @@ class Axis:
         return (value - low) / (high - low) if high > low else 0.5
 
 
-def line_chart(series: Sequence[Series], x: Axis, y: Axis) -> str:
-    """Lines with a dot at each point, as an ``<svg>`` element."""
-    return _svg(f"{y.label} against {x.label}", [*_grid(x, y), *(part for one in series for part in _line(one, x, y))])
+def lines(chart: Chart) -> str:
+    """Draw the lines, with a dot at each point, as an ``<svg>`` element."""
+    points = [point for series in chart.series for point in series.points]
+    x = (log_axis if chart.is_log else linear_axis)([a for a, _ in points], chart.x)
+    y = percent_axis([b for _, b in points], chart.y)
+    return _svg(f"{y.label} against {x.label}", [*_grid(x, y), *(p for one in chart.series for p in _line(one, x, y))])
 
 
 def bars(right: Sequence[int], wrong: Sequence[int], edges: Sequence[float], label: str) -> str:
-    """Shares of right candidates upwards and of wrong ones downwards, over one axis, as an ``<svg>`` element."""
+    """Draw the shares of right candidates upwards and of wrong ones downwards, as an ``<svg>`` element."""
     shares = [[count / max(1, sum(counts)) for count in counts] for counts in (right, wrong)]
     top = max(max(column) for column in shares) or 1.0
     x = Axis(low=edges[0], high=edges[-1], ticks=(edges[0], edges[-1]), label=label, text=lambda v: f"{v:.3g}")
@@ -67,7 +139,7 @@ def bars(right: Sequence[int], wrong: Sequence[int], edges: Sequence[float], lab
 
 
 def percent_axis(values: Sequence[float], label: str) -> Axis:
-    """An axis for shares, with round ticks around the values."""
+    """An axis for shares, with round ticks that enclose the values."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / step <= 6 or step == 0.5)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -1,11 +1,11 @@
-"""Stage 8 - evaluate: graded traces, replayed under every selector → a table with intervals and paired tests."""
+"""Stage 8 - evaluate: replay every selector on graded traces → a table with intervals and paired tests."""
 
 import logging
 import math
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
 
@@ -14,28 +14,40 @@ from numpy.typing import NDArray
 
 from ec_agents.errors import ConfigError
 from ec_agents.evaluation.outcomes import Graded, RunOutcome
-from ec_agents.evaluation.replay import Policy, Replay, SelectorPolicy, curve_points, one_call, oracle, random_sound
-from ec_agents.evaluation.stats import Resampling, cross_fit
-from ec_agents.evaluation.table import ALWAYS, Column, Evaluation, Table, corrected, length_cuts
-from ec_agents.scoring import FirstScorer, MajorityVote
+from ec_agents.evaluation.replay import (
+    Replay,
+    SelectorStrategy,
+    Strategy,
+    curve_points,
+    one_call,
+    oracle,
+    outcome_only,
+    random_sound,
+)
+from ec_agents.evaluation.settings import ALWAYS, BASELINES
+from ec_agents.evaluation.stats import Resampling, cross_fit, scipy_stats
+from ec_agents.evaluation.table import Evaluation, Replays, RowBuilder, corrected, length_cuts
+from ec_agents.scoring import FirstScorer, MajorityVote, action_key
 from ec_agents.selection import Selector
 
 Floats = NDArray[np.float64]
 
-BASELINES = ("first", "random", "majority")
-"""What every selector is compared with, unless told."""
+scipy_stats()  # a missing extra is an error now, and not after the samples were paid for
+
+MOSTLY = 0.9
+"""Share of the steps from which on a note speaks of all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
-    """A setting chosen by cross-fitting: on every fold the one that was best on the others."""
+    """A setting chosen by cross-fitting: for every fold, the one that was best on the others."""
 
     accuracy: float
-    """On tasks that the setting was not chosen on."""
+    """Accuracy on tasks that the setting was not chosen on."""
     picks: Sequence[str]
-    """Which setting was chosen for each fold."""
+    """The setting that was chosen for each fold."""
     right: Floats
-    """Outcome of each graded step."""
+    """``(G,)``: outcome of each graded step."""
 
 
 def evaluate(
@@ -51,59 +63,67 @@ def evaluate(
     subsets: int = 2,
     folds: int = 5,
 ) -> Evaluation:
-    """Replay every selector on the same candidates, and say how sure the numbers are.
+    """Replay every selector on the same candidates, and compare their outcomes with the baselines.
 
-    ``avg@1``, ``first``, ``random``, ``majority`` and ``oracle`` are always in the table. Steps are gone through once,
-    so that a trace may be larger than memory.
+    ``avg@1``, ``first``, ``random``, ``majority`` and ``oracle`` are always in the table. The steps are read once, so
+    that a trace may be larger than memory.
 
     Args:
         graded: Steps with their outcomes.
         selectors: Name → selector.
-        baselines: Rows that the others are compared with; one of these only with those before it.
-        tuned: Name → settings (name → selector) of which the best is found by cross-fitting.
-        prices: Of a million input and a million output tokens.
-        seed: For resampling and subsets; the same one gives the same table.
-        resamples: Bootstrap draws, over whole tasks.
+        baselines: Rows that the others are compared with; a baseline is compared with those before it.
+        tuned: Name → settings (name → selector), the best of which is found by cross-fitting.
+        prices: Price per million input and output tokens.
+        seed: For resampling and subsets; the same seed gives the same table.
+        resamples: Bootstrap resamples over whole tasks.
         level: Coverage of the intervals.
-        subsets: Random subsets for each point of a curve whose scores depend on the other candidates.
-        folds: For ``tuned``.
+        subsets: Random subsets per point of a curve, for scores that depend on the other candidates.
+        folds: Folds of the cross-fitting.
 
     Raises:
-        ConfigError: There is no step, or a name stands for something else.
+        ConfigError: No step is given, or a selector has the name of a row that is always in the table.
     """
     rng = np.random.default_rng(seed)
-    policies = _policies(selectors, rng, subsets)
-    grids = {name: _only_outcomes(settings, rng) for name, settings in (tuned or {}).items()}
-    tasks, lengths, n_failed, points, columns, tried = _replay_all(graded, policies, grids)
-    resampling = Resampling(tasks, rng, resamples=resamples, level=level)
-    for name, settings in tried.items():
-        right, picks = cross_fit(settings, tasks, rng, folds=folds)
-        note = f"tuned by {folds}-fold cross-fitting, never on the tasks it is judged on; chosen: {', '.join(picks)}"
-        columns.insert(-1, Column(name, [_bare(value) for value in right.tolist()], note))
-    table = Table(columns, tasks, resampling, rng, baselines=baselines, points=points, lengths=lengths, prices=prices)
+    grids = {name: _without_curves(settings, rng) for name, settings in (tuned or {}).items()}
+    replayed = _replay_all(graded, _strategies(selectors, rng, subsets), grids)
+    resampling = Resampling(replayed.tasks, rng, resamples=resamples, level=level)
+    rows = [Replays(name, replays) for name, replays in replayed.replays.items()]
+    for name, outcomes in replayed.tuning.items():
+        rows.insert(-1, _tuned_row(name, outcomes, replayed.tasks, rng, folds))
+    builder = RowBuilder(
+        rows,
+        replayed.tasks,
+        resampling,
+        rng,
+        baselines=baselines,
+        points=replayed.points,
+        lengths=np.array(replayed.lengths),
+        prices=prices,
+    )
     return Evaluation(
-        rows=corrected([table.row(column) for column in columns]),
+        rows=corrected(map(builder.row, rows)),
         n_tasks=len(resampling.names),
-        n_draws=len(tasks),
-        n_candidates=points[-1],
-        n_failed=n_failed,
-        lengths=length_cuts(lengths),
+        n_draws=len(replayed.tasks),
+        n_candidates=replayed.points[-1],
+        n_failed=replayed.n_failed,
+        lengths=length_cuts(np.array(replayed.lengths)),
         level=level,
         resamples=resamples,
         seed=seed,
         baselines=tuple(baselines),
+        notes=_notes(replayed),
     )
 
 
 def tune(graded: Iterable[Graded], settings: Mapping[str, Selector], *, folds: int = 5, seed: int = 0) -> Tuned:
-    """Choose one of several settings without looking at the labels it is judged on.
+    """Choose one of several settings without looking at the labels that it is judged on.
 
     Raises:
-        ConfigError: There is no setting, or there are fewer tasks than folds.
+        ConfigError: No setting is given, or there are fewer tasks than folds.
     """
     rng = np.random.default_rng(seed)
-    tasks, *_, tried = _replay_all(graded, {}, {"": _only_outcomes(settings, rng)})
-    right, picks = cross_fit(tried[""], tasks, rng, folds=folds)
+    replayed = _replay_all(graded, {}, {"": _without_curves(settings, rng)})
+    right, picks = cross_fit(_arrays(replayed.tuning[""]), replayed.tasks, rng, folds=folds)
     return Tuned(accuracy=float(right.mean()), picks=picks, right=right)
 
 
@@ -119,31 +139,31 @@ def evaluate_runs(
     """Compare whole runs of an agent under several selectors, on the same tasks and trials.
 
     A run that is missing or ended in an infrastructure error counts as not right. The arguments are those of
-    ``evaluate``; the selectors are compared with those baselines of which there are runs.
+    ``evaluate``; baselines without runs are ignored.
 
     Raises:
-        ConfigError: There is no run.
+        ConfigError: No run is given.
     """
     rng = np.random.default_rng(seed)
-    by_arm: dict[str, dict[tuple[str, int], RunOutcome]] = defaultdict(dict)
+    by_selector: dict[str, dict[tuple[str, int], RunOutcome]] = defaultdict(dict)
     for run in runs:
-        by_arm[run.selector][run.task, run.trial] = run
-    keys = sorted({key for arm in by_arm.values() for key in arm})
+        by_selector[run.selector][run.task, run.trial] = run
+    keys = sorted({key for found in by_selector.values() for key in found})
     tasks = [task for task, _ in keys]
     resampling = Resampling(tasks, rng, resamples=resamples, level=level)
-    order = sorted(by_arm, key=lambda name: name not in BASELINES)
-    columns = [Column(name, [_run_replay(by_arm[name].get(key)) for key in keys]) for name in order]
-    compared = tuple(name for name in baselines if name in by_arm)
-    lengths = np.mean([column.of(lambda replay: replay.tokens[1]) for column in columns], axis=0)
-    table = Table(columns, tasks, resampling, rng, baselines=compared, lengths=lengths, prices=prices)
-    everything = [run for arm in by_arm.values() for run in arm.values()]
-    known = sum(run.right is not None for run in everything)
+    order = sorted(by_selector, key=lambda name: name not in BASELINES)
+    rows = [Replays(name, [_run_replay(by_selector[name].get(key)) for key in keys]) for name in order]
+    compared = tuple(name for name in baselines if name in by_selector)
+    lengths = np.mean([row.of(lambda replay: replay.tokens[1]) for row in rows], axis=0)
+    builder = RowBuilder(rows, tasks, resampling, rng, baselines=compared, lengths=lengths, prices=prices)
+    everything = [run for found in by_selector.values() for run in found.values()]
+    known = [run.right for run in everything if run.right is not None]
     return Evaluation(
-        rows=corrected([table.row(column) for column in columns]),
+        rows=corrected(map(builder.row, rows)),
         n_tasks=len(resampling.names),
         n_draws=len(keys),
         n_candidates=0,
-        n_failed=len(keys) * len(by_arm) - known,
+        n_failed=len(keys) * len(by_selector) - len(known),
         lengths=length_cuts(lengths),
         level=level,
         resamples=resamples,
@@ -151,51 +171,121 @@ def evaluate_runs(
         baselines=compared,
         n_restarted=sum(run.restarts for run in everything),
         n_repeated=sum(run.repeated for run in everything),
+        notes=() if not known or any(known) else (NOTHING_RIGHT,),
     )
 
 
-def _policies(selectors: Mapping[str, Selector], rng: np.random.Generator, subsets: int) -> dict[str, Policy]:
+NOTHING_RIGHT = "Not one answer is right: look at your checker, and at an answer in the trace."
+
+
+@dataclass(slots=True, kw_only=True)
+class _Replayed:
+    """Every step under every strategy."""
+
+    tasks: list[str] = field(default_factory=list[str])
+    """``(G,)``: the task of each step."""
+    lengths: list[float] = field(default_factory=list[float])
+    """``(G,)``: median tokens of the candidates."""
+    n_failed: int = 0
+    """Failed calls of all steps."""
+    widest: int = 1
+    """The largest N."""
+    replays: dict[str, list[Replay]]
+    """Strategy → ``(G,)`` replays."""
+    tuning: dict[str, dict[str, list[float]]]
+    """Row to be tuned → setting → ``(G,)`` outcomes."""
+    n_right: int = 0
+    """Steps with a right candidate."""
+    n_several: int = 0
+    """Steps with two or more candidates."""
+    n_equal: int = 0
+    """Of those, the steps whose candidates are all equal, text and actions."""
+    n_distinct: int = 0
+    """Of those, the steps whose actions all differ, so that a vote is a draw by lot."""
+
+    @property
+    def points(self) -> tuple[int, ...]:
+        """The n of each point of the curves."""
+        return curve_points(self.widest)
+
+    def count(self, one: Graded) -> None:
+        """Take down what does not depend on the strategy."""
+        candidates = one.step.candidates
+        self.tasks.append(one.task)
+        self.lengths.append(_length(one))
+        self.n_failed += len(one.step.failures)
+        self.widest = max(self.widest, one.n_drawn)
+        self.n_right += any(one.right.values())
+        if len(candidates) > 1:
+            self.n_several += 1
+            self.n_equal += len({(c.content, repr(c.tool_calls)) for c in candidates}) == 1
+            self.n_distinct += len(set(map(action_key, candidates))) == len(candidates)
+
+
+def _replay_all(
+    graded: Iterable[Graded], strategies: Mapping[str, Strategy], grids: Mapping[str, Mapping[str, Strategy]]
+) -> _Replayed:
+    found = _Replayed(
+        replays={name: [] for name in strategies},
+        tuning={name: {setting: [] for setting in grid} for name, grid in grids.items()},
+    )
+    with _quiet():
+        for one in graded:
+            found.count(one)
+            points = curve_points(one.n_drawn)
+            for name, strategy in strategies.items():
+                found.replays[name].append(strategy(one, points))
+            for name, grid in grids.items():
+                for setting, strategy in grid.items():
+                    found.tuning[name][setting].append(strategy(one, ()).right)
+    return found
+
+
+def _strategies(selectors: Mapping[str, Selector], rng: np.random.Generator, subsets: int) -> dict[str, Strategy]:
     taken = sorted(set(selectors) & set(ALWAYS))
     if taken:
         raise ConfigError(f"{', '.join(taken)}: always in the table; give your selectors other names")
-    policy = partial(SelectorPolicy, rng=rng, subsets=subsets)
-    majority = Selector(scorer=MajorityVote())
+    strategy = partial(SelectorStrategy, rng=rng, subsets=subsets)
     return {
         "avg@1": one_call,
-        "first": policy(selectors.get("first", Selector(scorer=FirstScorer())), calls="until_chosen"),
+        "first": strategy(selectors.get("first", Selector(scorer=FirstScorer())), calls="until_chosen"),
         "random": random_sound,
-        "majority": policy(selectors.get("majority", majority)),
-        **{name: policy(selector) for name, selector in selectors.items() if name not in BASELINES},
+        "majority": strategy(selectors.get("majority", Selector(scorer=MajorityVote()))),
+        **{name: strategy(selector) for name, selector in selectors.items() if name not in BASELINES},
         "oracle": oracle,
     }
 
 
-def _only_outcomes(settings: Mapping[str, Selector], rng: np.random.Generator) -> dict[str, Policy]:
-    return {name: SelectorPolicy(selector, rng) for name, selector in settings.items()}
+def _without_curves(settings: Mapping[str, Selector], rng: np.random.Generator) -> dict[str, Strategy]:
+    return {name: SelectorStrategy(selector, rng) for name, selector in settings.items()}
 
 
-def _replay_all(
-    graded: Iterable[Graded], policies: Mapping[str, Policy], grids: Mapping[str, Mapping[str, Policy]]
-) -> tuple[list[str], Floats, int, tuple[int, ...], list[Column], dict[str, dict[str, Floats]]]:
-    """Every step under every policy: tasks, lengths, failed calls, points of the curve, columns, tuning outcomes."""
-    tasks, lengths, n_failed, widest = list[str](), list[float](), 0, 1
-    replays: dict[str, list[Replay]] = {name: [] for name in policies}
-    tried: dict[str, dict[str, list[float]]] = {name: {s: [] for s in grid} for name, grid in grids.items()}
-    with _quiet():
-        for one in graded:
-            points = curve_points(one.n_drawn)
-            tasks.append(one.task)
-            lengths.append(_length(one))
-            n_failed += len(one.step.failures)
-            widest = max(widest, one.n_drawn)
-            for name, policy in policies.items():
-                replays[name].append(policy(one, points))
-            for name, grid in grids.items():
-                for setting, policy in grid.items():
-                    tried[name][setting].append(policy(one, ()).right)
-    columns = [Column(name, of_policy) for name, of_policy in replays.items()]
-    outcomes = {name: {s: np.array(right) for s, right in grid.items()} for name, grid in tried.items()}
-    return tasks, np.array(lengths), n_failed, curve_points(widest), columns, outcomes
+def _tuned_row(
+    name: str, outcomes: Mapping[str, Sequence[float]], tasks: Sequence[str], rng: np.random.Generator, folds: int
+) -> Replays:
+    right, picks = cross_fit(_arrays(outcomes), tasks, rng, folds=folds)
+    note = f"tuned by {folds}-fold cross-fitting, never on the tasks it is judged on; chosen: {', '.join(picks)}"
+    return Replays(name, [outcome_only(value) for value in right.tolist()], note)
+
+
+def _arrays(outcomes: Mapping[str, Sequence[float]]) -> dict[str, Floats]:
+    return {setting: np.array(right) for setting, right in outcomes.items()}
+
+
+def _notes(found: _Replayed) -> tuple[str, ...]:
+    """Warnings about an evaluation that would mislead."""
+    notes = [] if found.n_right else [NOTHING_RIGHT]
+    if found.n_several and found.n_equal >= MOSTLY * found.n_several:
+        notes.append(
+            f"All answers to a task are equal in {found.n_equal} of {found.n_several} steps, so there is nothing to "
+            "choose: set a temperature above 0, and switch off fixed seeds and response caches."
+        )
+    elif found.widest > 2 and found.n_distinct >= MOSTLY * found.n_several > 0:
+        notes.append(
+            f"All answers to a task differ in {found.n_distinct} of {found.n_several} steps, so votes such as "
+            "majority mean nothing here: they compare whole answers."
+        )
+    return tuple(notes)
 
 
 @contextmanager
@@ -214,16 +304,12 @@ def _quiet() -> Generator[None]:
 
 
 def _length(one: Graded) -> float:
-    """Median tokens of a candidate; NaN where no candidate has signals."""
+    """Median tokens of the candidates; NaN if none has signals."""
     counts = [c.signals.n_tokens for c in one.step.candidates if c.signals is not None]
     return median(counts) if counts else math.nan
-
-
-def _bare(right: float, tokens: tuple[float, float] = (math.nan, math.nan)) -> Replay:
-    return Replay(right=right, curve=(), tokens=tokens, scores=np.empty(0), labels=np.empty(0, dtype=bool))
 
 
 def _run_replay(run: RunOutcome | None) -> Replay:
     usage: Mapping[str, float] = {} if run is None else run.usage
     tokens = (usage.get("input_tokens", math.nan), usage.get("output_tokens", math.nan))
-    return _bare(float(run is not None and run.right is True), tokens)
+    return outcome_only(float(run is not None and run.right is True), tokens)

@@ -1,4 +1,4 @@
-"""What is evaluated: factories of models and agents, and how their answers and steps are read."""
+"""Factories of models and agents, and how an evaluation calls them and reads their answers."""
 
 import hashlib
 import inspect
@@ -17,7 +17,8 @@ from pydantic import PrivateAttr
 from ec_agents.agents.graph import create_centroid_agent, unpack_candidates
 from ec_agents.agents.quiet_model import logprobs_settings, sampling_model
 from ec_agents.agents.step import describe_failure
-from ec_agents.candidates import Selection, Step
+from ec_agents.agents.step_request import StepModel, StepRequest
+from ec_agents.candidates import Selection, Step, add_usage
 from ec_agents.embedded import EmbeddedChatModel
 from ec_agents.embedded.engine import Request
 from ec_agents.embedded.tasks import call_calc, replay
@@ -26,21 +27,21 @@ from ec_agents.messages import as_candidate
 from ec_agents.selection import Selector
 
 RECURSION_LIMIT = 40
-"""Supersteps of the embedded agent: 13 steps."""
+"""Supersteps of the embedded agent, enough for 13 steps."""
 
 Factory = Callable[..., Any]
-"""Makes what is evaluated; is given those of ``n``, ``selector``, ``task`` and ``seed`` that it takes.
+"""Makes the model or agent to evaluate, from those of ``n``, ``selector``, ``task``, ``seed`` and ``trace`` it accepts.
 
-One that takes ``selector`` makes an agent, a new one for each run: whole runs are graded. One that does not makes a
-chat model or an async function of a prompt: all N answers to each task are graded.
+A factory that accepts ``selector`` makes an agent, a new one for each run, and whole runs are graded. Any other factory
+makes a chat model or an async function of a prompt, and all N answers to each task are graded.
 """
 
 
 class _Seeded(EmbeddedChatModel):
-    """The embedded model with a seed of its own for each call.
+    """The embedded model with a separate seed for each call.
 
-    It is made of the run's seed, the number of messages and the number of the call among those with so many, so that a
-    run that goes on draws what it would have drawn; a step starts its calls in order.
+    The seed derives from the run's seed, the number of messages and the position of the call among those with as many
+    messages, so that a resumed run samples what it would have sampled; a step starts its calls in order.
     """
 
     _run_seed: int = PrivateAttr(default=0)
@@ -61,7 +62,10 @@ def embedded_model() -> EmbeddedChatModel:
 
 
 def embedded_agent(*, n: int, selector: Selector, task: EvalTask, seed: int) -> Any:
-    """The agent of the family ``play``; its tool knows the numbers left from the conversation, so that it can go on."""
+    """The agent of the family ``play``.
+
+    Its tool derives the remaining numbers from the conversation, so that an interrupted run can be resumed.
+    """
     numbers = embedded_task(task).numbers
 
     def calc(expression: str, state: Annotated[Any, InjectedState]) -> str:
@@ -76,21 +80,28 @@ def embedded_agent(*, n: int, selector: Selector, task: EvalTask, seed: int) -> 
 
 
 def makes_agents(factory: Factory) -> bool:
-    """Whether whole runs of what it makes are graded."""
+    """Whether the factory makes agents, whose whole runs are graded."""
     return "selector" in inspect.signature(factory).parameters
 
 
 def make(factory: Factory, **given: Any) -> Any:
-    """What the factory makes of those arguments that it takes."""
+    """Call the factory with those arguments that it accepts."""
     parameters = inspect.signature(factory).parameters
     return factory(**{name: value for name, value in given.items() if name in parameters})
 
 
-def asker(made: Any, *, top_logprobs: int | None, seed_calls: bool) -> Callable[[str, int], Awaitable[Any]]:
-    """Prompt and seed → one response."""
+def asker(made: Any, *, n: int, top_logprobs: int | None, seed_calls: bool) -> Callable[[str, int], Awaitable[Any]]:
+    """Return a function of prompt and seed that samples one response.
+
+    Raises:
+        ConfigError: The temperature is 0 with several candidates, or ``made`` is not a chat model.
+        UnsupportedLogprobs: This model cannot return log-probabilities.
+    """
     if not hasattr(made, "ainvoke"):
         return lambda prompt, _: made(prompt)
-    if isinstance(made, BaseChatModel):  # keeps the texts of tokens, which a sampling model does not
+    step_model = StepModel(made, top_logprobs=top_logprobs, action_format="native")
+    StepRequest(step_model, step_model.options, n).refuse()
+    if isinstance(made, BaseChatModel):  # unlike a sampling model, it keeps the texts of the tokens
         model: Any = made.model_copy(update={"cache": False, "disable_streaming": True})
         model = model.bind(**logprobs_settings(top_logprobs))
     else:
@@ -101,16 +112,16 @@ def asker(made: Any, *, top_logprobs: int | None, seed_calls: bool) -> Callable[
 
 
 class AgentRun:
-    """A run of an agent, from its beginning or from where it was.
+    """A run of an agent, new or resumed.
 
-    A compiled graph without a checkpointer keeps its state in ``saver``; one that has a checkpointer of its own, or
+    A compiled graph without a checkpointer keeps its state in ``saver``; one compiled with a checkpointer, or with
     ``False``, is left as it is.
 
     Args:
-        agent: A graph, something else with ``ainvoke``, or an async function of a prompt.
-        task: What it is asked.
+        agent: A graph, any other object with ``ainvoke``, or an async function of a prompt.
+        task: The task.
         name: Name of the run, and of its thread.
-        saver: Where states are kept; None: nowhere.
+        saver: Store of the states; None keeps none.
     """
 
     def __init__(self, agent: Any, task: EvalTask, name: str, saver: BaseCheckpointSaver[Any] | None) -> None:
@@ -119,16 +130,16 @@ class AgentRun:
         self._task = task
         self._config: Any = {"configurable": {"thread_id": name}, "metadata": {"ec_run": name, "ec_task": task.id}}
         self.has_states = isinstance(getattr(self._agent, "checkpointer", None), BaseCheckpointSaver)
-        """Whether the run can go on after it was cut off."""
+        """Whether the run can be resumed."""
         self._name = name
         self._before: StateSnapshot | None = None
         self.taken: list[Step] = []
-        """Steps that were taken before this run goes on."""
+        """Steps that were taken before the run was resumed."""
         self.state: Any = None
-        """Last state, or whatever the agent returned."""
+        """The last state, or whatever the agent returned."""
 
     async def find(self) -> bool:
-        """Look for states that the run can go on from; whether there are any, or there is nothing to go on from."""
+        """Load the saved states of the run; False if the agent keeps none, so that the run has to start over."""
         if not self.has_states:
             return False
         states: list[StateSnapshot] = [state async for state in self._agent.aget_state_history(self._config)]
@@ -136,15 +147,15 @@ class AgentRun:
         drawn: Any = None
         for state in reversed(states):
             decision = _value(state.values, "ec_decision")
-            if found := _value(state.values, "ec_candidates"):
-                drawn = found
+            if packed := _value(state.values, "ec_candidates"):
+                drawn = packed
             elif drawn and decision:
                 self.taken.append(self._step(len(self.taken), drawn, decision))
                 drawn = None
         return True
 
     async def steps(self) -> AsyncIterator[Step]:
-        """Run to the end; the steps of sampling agents as they are taken."""
+        """Run to the end, and yield the steps of a sampling agent as they are taken."""
         if self._before is not None and not self._before.tasks:
             self.state = self._before.values
         elif hasattr(self._agent, "astream"):
@@ -168,7 +179,7 @@ class AgentRun:
             if mode == "values":
                 self.state = update
                 continue
-            for change in cast("dict[str, Any]", update).values():  # what another node returns may have any form
+            for change in cast("dict[str, Any]", update).values():  # other nodes may return anything
                 drawn = _value(change, "ec_candidates") or drawn
                 decision = _value(change, "ec_decision")
                 if drawn and decision:
@@ -176,7 +187,7 @@ class AgentRun:
                     drawn, number = None, number + 1
 
     def _limited(self) -> Any:
-        """The configuration, with the supersteps that are left: LangGraph counts from where a run goes on."""
+        """The configuration with the remaining supersteps: LangGraph counts them from where a run is resumed."""
         limit = (self._agent.config or {}).get("recursion_limit") if isinstance(self._agent, Pregel) else None
         if self._before is None or limit is None:
             return self._config
@@ -202,34 +213,28 @@ def _value(state: Any, key: str) -> Any:
 
 
 def answer_of(state: Any) -> tuple[str, list[Mapping[str, Any]]]:
-    """Text of the last message and all tool calls of a run; what is no state with messages is read as a candidate."""
+    """Text of the last message and all tool calls of a run; anything without messages is read as a response."""
     if isinstance(state, str):
         return state, []
     if not isinstance(state, Mapping) or "messages" not in state:
-        found = as_candidate(cast("object", state), 0)
-        return found.content, list(found.tool_calls)
+        answer = as_candidate(cast("object", state), 0)
+        return answer.content, list(answer.tool_calls)
     messages = cast("Mapping[str, list[Any]]", state)["messages"]
     calls = [call for message in messages if isinstance(message, AIMessage) for call in message.tool_calls]
     return str(messages[-1].text), [{"name": call["name"], "args": call["args"]} for call in calls]
 
 
 def usage_of(state: Any) -> dict[str, int]:
-    """Tokens of all candidates of a run, as the chosen messages tell them."""
+    """Tokens of all candidates of a run, from the records on the chosen messages."""
     messages = cast("Mapping[str, list[Any]]", state).get("messages", []) if isinstance(state, Mapping) else []
     records: list[Any] = [m.response_metadata.get("ec_agents") or {} for m in messages if isinstance(m, AIMessage)]
-    usages: list[Mapping[str, int]] = [record.get("usage") or {} for record in records]
-    return added(*usages)
-
-
-def added(*usages: Mapping[str, int]) -> dict[str, int]:
-    """Token counts, added up by name."""
-    return {name: sum(usage.get(name, 0) for usage in usages) for usage in usages for name in usage}
+    return add_usage(record.get("usage") for record in records)
 
 
 def token_text(response: object) -> dict[str, Any] | None:
-    """The whole text of a response and the length of each of its tokens; None where the model reports no tokens.
+    """The whole text of a response and the length of each token; None if the model reports no tokens.
 
-    Lengths rather than tokens, so that what hides secrets in a text sees the whole text.
+    Lengths rather than tokens, so that the redaction of secrets sees the whole text.
     """
     metadata = cast("dict[str, Any]", response.response_metadata) if isinstance(response, AIMessage) else {}
     logprobs: dict[str, Any] = metadata.get("logprobs") or {}
@@ -239,5 +244,5 @@ def token_text(response: object) -> dict[str, Any] | None:
 
 
 def seed_of(*parts: object) -> int:
-    """A seed made of names and numbers: the same for the same ones, below 2³¹."""
+    """Derive a seed below 2³¹ from names and numbers."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()) >> 1

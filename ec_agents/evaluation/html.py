@@ -1,7 +1,8 @@
 """Stage 8 - show: a trace or an evaluation as one self-contained HTML file.
 
-Model output is untrusted. Everything goes through escaping templates, or as JSON that a script puts into text nodes;
-the page's policy allows its own style and script, by their hashes, and nothing else: no network, images or forms.
+Model output is untrusted. Everything goes through escaping templates, or as JSON that a script puts into text nodes.
+The page's security policy allows its own style and script, by their hashes, and nothing else: no network, images or
+forms.
 """
 
 import base64
@@ -19,9 +20,18 @@ from numpy.typing import NDArray
 
 from ec_agents.candidates import Candidate, Selection, Step, TokenSignals
 from ec_agents.entropy import PhaseConfig, entropy_centroid
-from ec_agents.evaluation.charts import Axis, Series, bars, line_chart, linear_axis, log_axis, percent_axis
-from ec_agents.evaluation.comparison import BASELINES
-from ec_agents.evaluation.table import ALWAYS, Evaluation, Row
+from ec_agents.evaluation.charts import (
+    Chart,
+    accuracy_by_margin,
+    accuracy_by_n,
+    bars,
+    gain_by_tokens,
+    lines,
+    shown_rows,
+)
+from ec_agents.evaluation.settings import REFERENCES
+from ec_agents.evaluation.table import Evaluation, Row
+from ec_agents.files import replacing
 from ec_agents.scoring import CentroidScorer
 from ec_agents.selection import Selector
 
@@ -32,40 +42,41 @@ except ImportError as error:
     raise ImportError(f"reports need the extra 'report' ({error}): pip install 'ec-agents[report]'") from error
 
 LEVELS = 8
-"""Shades of token entropy, from none to half of the largest possible entropy; one more stands for missing."""
+"""Shades of token entropy, from zero to half of the largest possible entropy; one more stands for missing."""
 STRIP = 48
-"""Parts of the picture of a whole response."""
-MOST_LINES = 5
-"""Selectors in a chart, besides the references."""
-REFERENCES = ("oracle", "majority", "random")
+"""Segments of the strip that shows a whole response."""
 
 _NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'"
 
 REASONS = {
     "ranked": "it has the best score",
-    "tie_break": "several have the best score; the tie was broken",
+    "tie_break": "several have the best score, and the tie was broken",
     "only_one": "there was no other",
     "only_sound": "all others are flawed",
-    "fallback": "there was nothing to rank by; the fallback decided",
-    "all_flawed": "all are flawed; its flaw is the mildest",
+    "fallback": "there was nothing to rank by, and the fallback decided",
+    "all_flawed": "all are flawed, and its flaw is the mildest",
 }
 
 
 def write_trace_report(
     steps: Iterable[Step], path: str | Path, *, title: str = "Trace", phases: PhaseConfig | str = "paper"
 ) -> int:
-    """Write the steps of a trace as one HTML file, and say how many there were.
+    """Write the steps of a trace as one HTML file.
 
-    A step without a recorded choice is shown with that of the lowest centroid. One step at a time is in memory.
+    A step without a recorded choice is shown with the choice of the lowest centroid. One step at a time is in memory.
 
     Args:
-        steps: As ``read_steps`` gives them.
-        path: The file.
+        steps: Steps, as from ``read_steps``.
+        path: The file; it is replaced when all steps are written.
         title: Heading of the page.
-        phases: How the phases are found that are underlined.
+        phases: Preset or configuration of the phases to underline.
+
+    Returns:
+        The number of steps.
 
     Raises:
-        ConfigError: There is no preset of that name.
+        ConfigError: No preset has that name.
+        WriteError: The file cannot be written.
     """
     scorer = CentroidScorer(phases)
     count = itertools.count()
@@ -75,30 +86,30 @@ def write_trace_report(
 
 
 def write_evaluation_report(evaluation: Evaluation, path: str | Path, *, title: str = "Evaluation") -> None:
-    """Write an evaluation as one HTML file: table, curves, score distributions, reliability of the margin."""
-    rows = evaluation.rows
-    own = [row for row in rows if row.selector not in {*ALWAYS, *BASELINES}]
-    shown = own[:MOST_LINES]
-    references = [row for name in REFERENCES for row in rows if row.selector == name]
-    lines = [(row, f"reference r{i}") for i, row in enumerate(references)] + [(r, f"s{i}") for i, r in enumerate(shown)]
+    """Write an evaluation as one HTML file: table, curves, score distributions, reliability of the margin.
+
+    Raises:
+        WriteError: The file cannot be written.
+    """
+    shown = shown_rows(evaluation)
+    own = [row for row, _ in shown if row.selector not in REFERENCES]
     _write(
         path,
         "evaluation.html.j2",
         title=title,
         evaluation=evaluation,
-        baselines=[name for name in evaluation.baselines if any(name in row.versus for row in rows)],
-        most_trials=max((k for row in rows for k in row.pass_hat), default=1),
-        legend=[(row.selector, style) for row, style in lines],
-        left_out=len(own) - len(shown),
-        by_n=_by_n(lines),
-        by_tokens=_by_tokens(lines, evaluation),
-        distributions=[(row.selector, _scores_chart(row)) for row in shown if row.scores is not None],
-        reliability=[(row.selector, _margin_chart(row)) for row in shown if len(row.margins) > 1],
+        most_trials=max((k for row in evaluation.rows for k in row.pass_hat), default=1),
+        legend=[(row.selector, style) for row, style in shown],
+        left_out=len(evaluation.own) - len(own),
+        by_n=_svg(accuracy_by_n(evaluation)),
+        by_tokens=_svg(gain_by_tokens(evaluation)),
+        distributions=[(row.selector, _scores_chart(row)) for row in own if row.scores is not None],
+        reliability=[(row.selector, _svg(accuracy_by_margin(row))) for row in own if row.margins],
     )
 
 
 def explain(selection: Selection) -> str:
-    """In a sentence or two, why this candidate was chosen, and how much that means."""
+    """Explain in a sentence or two why this candidate was chosen, and how much that means."""
     said = f"Candidate {selection.chosen} was chosen by {selection.selector}: {REASONS[selection.reason]}."
     if selection.margin is not None and selection.reason == "ranked":
         said += f" It leads by {selection.margin:.3g}"
@@ -113,16 +124,16 @@ def explain(selection: Selection) -> str:
 
 
 def timing(step: Step) -> str:
-    """In a sentence, how long drawing took, the slowest call, and all calls one after the other; empty if unknown."""
+    """How long sampling took, the slowest call, and all calls added up, in a sentence; empty if unknown."""
     calls = [candidate.seconds for candidate in step.candidates if candidate.seconds is not None]
-    said = [] if step.seconds is None else [f"drawing took {step.seconds:.3g} s"]
+    said = [] if step.seconds is None else [f"sampling took {step.seconds:.3g} s"]
     if calls:
         said += [f"the slowest call {max(calls):.3g} s", f"{len(calls)} calls together {sum(calls):.3g} s"]
     return f"{', '.join(said)}.".capitalize() if said else ""
 
 
 def _step_view(step: Step, scorer: CentroidScorer) -> dict[str, Any]:
-    """What the template needs of a step; the candidates as JSON, for the script to show when the step is opened."""
+    """The values of the template for a step; the candidates as JSON, which the script shows when the step is opened."""
     selection, recorded = step.selection, step.selection is not None
     if selection is None and step.candidates:
         selection = Selector()(step.candidates)
@@ -144,7 +155,7 @@ def _step_view(step: Step, scorer: CentroidScorer) -> dict[str, Any]:
         "failures": {str(i): text for i, text in step.failures.items()},
     }
     why = "No candidate: every call failed." if selection is None else explain(selection)
-    why = why if recorded or selection is None else f"Replayed, the trace records no choice. {why}"
+    why = why if recorded or selection is None else f"The trace records no choice; this one was replayed. {why}"
     return {
         "run": step.run,
         "task": step.task,
@@ -159,7 +170,7 @@ def _step_view(step: Step, scorer: CentroidScorer) -> dict[str, Any]:
 def _picture(
     candidate: Candidate, phases: NDArray[np.int64], recorded: tuple[str, Sequence[int]] | None
 ) -> dict[str, Any]:
-    """A candidate for the script: its text in pieces of one shade, its phases, its centroid."""
+    """A candidate for the script: its text in pieces of equal shade, its phases, its centroid."""
     text, lengths = (candidate.content, None) if recorded is None else recorded
     signals = candidate.signals
     n_tokens = 0 if signals is None else signals.n_tokens
@@ -198,15 +209,29 @@ def shades(signals: TokenSignals) -> NDArray[np.int64]:
 
 
 def script_json(data: object) -> str:
-    """JSON that cannot end the ``<script>`` element that it stands in, nor open a comment there; ASCII only."""
-    text = json.dumps(data, default=str)
+    """Encode as ASCII JSON that can neither end its ``<script>`` element nor open a comment there.
+
+    NaN and infinite numbers, which browsers refuse in JSON, become null.
+    """
+    text = json.dumps(_finite(data), default=str, allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        items = cast("Mapping[Any, Any]", data).items()
+        return {str(_finite(key)): _finite(value) for key, value in items}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in cast("Sequence[Any]", data)]
+    return data
+
+
 def _pieces(levels: NDArray[np.int64], in_phase: NDArray[np.bool_], ends: NDArray[np.int64]) -> list[int]:
-    """Runs of tokens of one look: number of characters, then 2 · shade + phase, one after the other."""
+    """Runs of tokens that look the same, as a flat list of pairs: number of characters, 2 · shade + phase."""
     looks = 2 * levels + in_phase
     last = np.append(np.flatnonzero(np.diff(looks)), len(looks) - 1)
     widths = np.diff(ends[last], prepend=0)
@@ -226,44 +251,27 @@ def _even_ends(n_characters: int, n_tokens: int) -> NDArray[np.int64]:
 
 
 def _strip(signals: TokenSignals) -> str:
-    """The darkest shade in each part of the response, one digit a part."""
-    parts = np.array_split(shades(signals), min(STRIP, signals.n_tokens))
-    return "".join(str(int(known.max()) if len(known := part[part < LEVELS]) else LEVELS) for part in parts)
+    """The darkest shade in each segment of the response, one digit per segment."""
+    segments = np.array_split(shades(signals), min(STRIP, signals.n_tokens))
+    return "".join(str(int(known.max()) if len(known := part[part < LEVELS]) else LEVELS) for part in segments)
 
 
 def _recorded_texts(step: Step) -> dict[int, tuple[str, Sequence[int]]]:
-    """Text and token lengths of each candidate, where the trace has them."""
-    found: Any = step.info.get("tokens")
-    if not isinstance(found, Mapping):
+    """Text and token lengths of each candidate, if the trace has them."""
+    tokens: Any = step.info.get("tokens")
+    if not isinstance(tokens, Mapping):
         return {}
-    entries = cast("Mapping[str, Any]", found)
-    return {int(index): (str(entry["text"]), list(entry["lengths"])) for index, entry in entries.items()}
+    texts: dict[int, tuple[str, Sequence[int]]] = {}
+    for index, entry in cast("Mapping[str, Any]", tokens).items():
+        try:
+            texts[int(index)] = str(entry["text"]), [int(length) for length in entry["lengths"]]
+        except (KeyError, TypeError, ValueError, OverflowError):
+            continue  # other programs may write anything under this name
+    return texts
 
 
 def _arguments(call: Mapping[str, Any]) -> str:
     return json.dumps(call.get("args"), ensure_ascii=False, default=str)
-
-
-def _by_n(lines: Sequence[tuple[Row, str]]) -> Markup | None:
-    series = [
-        Series(name=row.selector, style=style, points=list(row.curve.items())) for row, style in lines if row.curve
-    ]
-    return _chart(series, "candidates drawn", "right", log=True)
-
-
-def _by_tokens(lines: Sequence[tuple[Row, str]], evaluation: Evaluation) -> Markup | None:
-    """Gain over a single call, against the tokens that n candidates take."""
-    single = next((row.accuracy.value for row in evaluation.rows if row.selector == "avg@1"), None)
-    series = [
-        Series(
-            name=row.selector,
-            style=style,
-            points=[(row.tokens * n / max(row.curve), value - single) for n, value in row.curve.items()],
-        )
-        for row, style in lines
-        if row.curve and row.tokens and single is not None and row.selector != "random"
-    ]
-    return _chart(series, "tokens a task", "gain", log=True)
 
 
 def _scores_chart(row: Row) -> Markup:
@@ -273,21 +281,8 @@ def _scores_chart(row: Row) -> Markup:
     return Markup(bars(scores.right, scores.wrong, scores.edges, f"{row.selector} (right end = better)"))  # noqa: S704
 
 
-def _margin_chart(row: Row) -> Markup | None:
-    series = [
-        Series(name="chosen", style="s0", points=[(bin_.margin, bin_.right) for bin_ in row.margins]),
-        Series(name="random", style="reference r2", points=[(bin_.margin, bin_.random) for bin_ in row.margins]),
-    ]
-    return _chart(series, f"margin of {row.selector}", "right", log=False)
-
-
-def _chart(series: Sequence[Series], x_label: str, y_label: str, *, log: bool) -> Markup | None:
-    points = [point for one in series for point in one.points]
-    if len({x for x, _ in points}) < 2:
-        return None
-    axis = log_axis if log else linear_axis
-    x: Axis = axis([x for x, _ in points], x_label)
-    return Markup(line_chart(series, x, percent_axis([y for _, y in points], y_label)))  # noqa: S704 - escaped by charts
+def _svg(chart: Chart | None) -> Markup | None:
+    return None if chart is None else Markup(lines(chart))  # noqa: S704 - escaped by charts
 
 
 def _write(path: str | Path, template: str, **values: Any) -> None:
@@ -302,7 +297,7 @@ def _write(path: str | Path, template: str, **values: Any) -> None:
         script=Markup(script),  # noqa: S704 - the package's own file
         policy=f"{_NOTHING}; style-src '{_hash(style)}'; script-src '{_hash(script)}'",
     )
-    with Path(path).open("w", encoding="utf-8", errors="replace") as file:
+    with replacing(path) as file:
         file.writelines(page)  # piece by piece, so that one step at a time is in memory
 
 
@@ -315,5 +310,5 @@ def _asset(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """What a content-security policy calls an inline element by."""
+    """The name of an inline element in a content-security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

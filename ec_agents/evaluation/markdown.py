@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ec_agents.evaluation.stats import Estimate
 from ec_agents.evaluation.table import Difference, Evaluation, Row
+from ec_agents.files import replace_text
 
 Cells = Sequence[str]
 
@@ -16,42 +17,49 @@ def write_markdown(evaluation: Evaluation, path: str | Path, *, title: str = "Ev
         evaluation: The table.
         path: The file.
         title: Its heading.
-        command: What made it, for readers who want to make it again.
+        command: The command that made it, for readers who want to reproduce it.
+
+    Raises:
+        WriteError: The file cannot be written.
     """
     parts = [f"# {title}", _heading(evaluation), *([f"```console\n$ {command}\n```"] if command else [])]
-    parts.append(_results(evaluation))
+    parts += [*(f"**Note:** {note}" for note in evaluation.notes), _results(evaluation)]
     if evaluation.lengths:
         short, long = (f"{cut:g}" for cut in evaluation.lengths)
         unit = "median tokens of a candidate" if evaluation.n_candidates else "mean output tokens of a task's runs"
         parts += [
             "## By length",
-            f"Right, in thirds by {unit}: to {short}, to {long}, and beyond.",
+            f"Right answers in percent, in thirds by {unit}: up to {short}, up to {long}, and above.",
             _lengths(evaluation),
         ]
     if any(row.curve for row in evaluation.rows):
-        parts += ["## By number of candidates", "Right, had only so many been drawn.", _curves(evaluation)]
-    Path(path).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        parts += [
+            "## By number of candidates",
+            "Right answers in percent, with only so many candidates.",
+            _curves(evaluation),
+        ]
+    replace_text(path, "\n\n".join(parts) + "\n")
 
 
 def _heading(evaluation: Evaluation) -> str:
-    what = f"draws of {evaluation.n_candidates} candidates" if evaluation.n_candidates else "runs of each selector"
+    what = f"steps of {evaluation.n_candidates} candidates" if evaluation.n_candidates else "runs of each selector"
     again = ""
     if evaluation.n_restarted:
         again = (
-            f" {evaluation.n_restarted} runs were cut off and begun again; "
-            f"{evaluation.n_repeated} recorded calls were made twice."
+            f" {evaluation.n_restarted} interrupted runs were started over; "
+            f"{evaluation.n_repeated} recorded calls were repeated."
         )
     return (
         f"{evaluation.n_tasks} tasks, {evaluation.n_draws} {what}, {evaluation.n_failed} failed calls or runs, which "
-        f"count as not right.{again} Right in percent, with {evaluation.level:.0%} intervals from a bootstrap over "
-        f"tasks ({evaluation.resamples} draws, seed {evaluation.seed}). Differences in points, paired by task; "
-        "two-sided p, Holm-corrected for all comparisons of the table; bold: p < 0.05."
+        f"count as not right.{again} Right answers in percent, with {evaluation.level:.0%} intervals from a bootstrap "
+        f"over tasks ({evaluation.resamples} resamples, seed {evaluation.seed}). Differences in points, paired by "
+        "task; two-sided p, Holm-corrected for all comparisons of the table; bold: p < 0.05."
     )
 
 
 def _results(evaluation: Evaluation) -> str:
-    names = [name for name in evaluation.baselines if any(name in row.versus for row in evaluation.rows)]
-    header = ["selector", "right", *(f"against {name}" for name in names), "AUROC in a task", "tokens per solved"]
+    names = evaluation.compared
+    header = ["selector", "right", *(f"against {name}" for name in names), "AUROC within a task", "tokens per solved"]
     return _table(header, [_cells(row, names) for row in evaluation.rows])
 
 
@@ -67,7 +75,7 @@ def _cells(row: Row, baselines: Sequence[str]) -> Cells:
 
 def _lengths(evaluation: Evaluation) -> str:
     rows = [[row.selector, *map(_share, row.by_length)] for row in evaluation.rows]
-    return _table(["selector", "short", "middling", "long"], rows)
+    return _table(["selector", "short", "medium", "long"], rows)
 
 
 def _curves(evaluation: Evaluation) -> str:
@@ -80,16 +88,16 @@ def _curves(evaluation: Evaluation) -> str:
     return _table(["selector", *map(str, points)], rows)
 
 
-def _share(found: Estimate | None) -> str:
-    return "" if found is None else f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+def _share(share: Estimate | None) -> str:
+    return "" if share is None else f"{100 * share.value:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 
-def _difference(found: Difference | None) -> str:
-    if found is None:
+def _difference(difference: Difference | None) -> str:
+    if difference is None:
         return ""
-    p = "p < 0.001" if found.p_holm < 0.001 else f"p = {found.p_holm:.2g}"
-    text = f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-    return f"**{text}**, {p}" if found.p_holm < 0.05 else f"{text}, {p}"
+    p = "p < 0.001" if difference.p_holm < 0.001 else f"p = {difference.p_holm:.2g}"
+    text = f"{100 * difference.value:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+    return f"**{text}**, {p}" if difference.p_holm < 0.05 else f"{text}, {p}"
 
 
 def _table(header: Cells, rows: Sequence[Cells]) -> str:

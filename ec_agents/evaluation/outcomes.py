@@ -1,18 +1,18 @@
 """What was right, from a file or a checker; never part of a candidate."""
 
 import csv
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import msgspec
-
 from ec_agents.candidates import Candidate, Step
 from ec_agents.errors import ConfigError, TraceError
+from ec_agents.jsonl import Records, decoded
 
-Check = Callable[[Step, Candidate], bool | None]
-"""Says whether a candidate of a step is right; None = unknown."""
+StepGrader = Callable[[Step, Candidate], bool | None]
+"""Decides whether a candidate of a step is right; None = unknown."""
 
 _TRUE = frozenset({"1", "1.0", "true", "yes", "right", "correct", "pass"})
 _FALSE = frozenset({"0", "0.0", "false", "no", "wrong", "incorrect", "fail"})
@@ -20,7 +20,7 @@ _FALSE = frozenset({"0", "0.0", "false", "no", "wrong", "incorrect", "fail"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graded:
-    """A step of which every candidate is known to be right or wrong: one draw of N for one task."""
+    """A step whose candidates are all known to be right or wrong: N samples for one task."""
 
     step: Step
     """Its candidates and failures."""
@@ -28,7 +28,7 @@ class Graded:
     """Outcome of each candidate, by index."""
 
     def __post_init__(self) -> None:
-        """Check that no candidate is without an outcome."""
+        """Check that every candidate has an outcome."""
         missing = [candidate.index for candidate in self.step.candidates if candidate.index not in self.right]
         if missing:
             raise ConfigError(
@@ -38,12 +38,12 @@ class Graded:
 
     @property
     def task(self) -> str:
-        """The problem that this draw is about; intervals and tests treat draws of one task as one."""
+        """The problem; intervals and tests treat the steps of one task as dependent."""
         return self.step.run if self.step.task is None else self.step.task
 
     @property
     def n_drawn(self) -> int:
-        """N, failed calls counted."""
+        """N, including failed calls."""
         return max(1, len(self.step.candidates) + len(self.step.failures))
 
 
@@ -54,26 +54,26 @@ class RunOutcome:
     task: str
     """The problem."""
     selector: str
-    """Name of the way of choosing that the agent used."""
+    """Name of the selector that the agent used."""
     trial: int = 0
     """Which of the repeated runs, from 0."""
     right: bool | None
-    """None: an infrastructure error, so that nobody knows."""
+    """None: an infrastructure error, so the outcome is unknown."""
     usage: Mapping[str, int] = field(default_factory=dict[str, int])
     """Tokens of all candidates of all steps, as far as they are reported."""
     error: str | None = None
-    """What went wrong, of an infrastructure error."""
+    """The infrastructure error, if any."""
     restarts: int = 0
-    """How often it was cut off, could not go on, and was begun again."""
+    """How often the run was interrupted, could not be resumed, and was started over."""
     repeated: int = 0
-    """Calls that were made again because of that, as far as a trace tells."""
+    """Calls that were repeated because of that, as far as a trace shows."""
 
 
-def grade(steps: Iterable[Step], check: Check) -> Iterator[Graded]:
-    """The steps that can be judged, each with the outcomes of its candidates.
+def grade(steps: Iterable[Step], check: StepGrader) -> Iterator[Graded]:
+    """Yield the steps that can be judged, each with the outcomes of its candidates.
 
-    A step of which the checker says None for any candidate is left out: unknown is not the same as wrong. A step in
-    which every call failed stays: nothing came of it.
+    A step with a candidate of unknown outcome is skipped: unknown is not the same as wrong. A step in which every call
+    failed is kept: it was not right.
     """
     for step in steps:
         right = {candidate.index: check(step, candidate) for candidate in step.candidates}
@@ -82,18 +82,18 @@ def grade(steps: Iterable[Step], check: Check) -> Iterator[Graded]:
             yield Graded(step=step, right=known)
 
 
-def read_outcomes(path: str | Path) -> Check:
-    """Outcomes from a CSV or JSONL file, as a checker.
+def read_outcomes(path: str | Path) -> StepGrader:
+    """Read outcomes from a CSV or JSONL file.
 
     Columns: ``run``, ``right`` and, where they matter, ``step`` (by default any) and ``candidate`` (by default any).
     ``right`` is 1/0, true/false, yes/no or right/wrong.
 
     Raises:
-        TraceError: The file cannot be read, or a line is not of this form; the message names it.
+        TraceError: The file cannot be read, or a line has another form; the message names the line.
     """
     path = Path(path)
     known: dict[tuple[str, int | None, int | None], bool] = {}
-    for number, row in enumerate(_rows(path), start=2 if path.suffix == ".csv" else 1):
+    for number, row in _csv_rows(path) if path.suffix == ".csv" else _json_rows(path):
         try:
             key = (str(row["run"]), _integer(row.get("step")), _integer(row.get("candidate")))
             known[key] = _truth(row["right"])
@@ -111,20 +111,26 @@ def read_outcomes(path: str | Path) -> Check:
     return check
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+Rows = Iterator[tuple[int, dict[str, Any]]]
+"""Line number and fields of each row."""
+
+
+def _csv_rows(path: Path) -> Rows:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise TraceError(f"{path} cannot be read: {error}", path) from error
-    if path.suffix == ".csv":
-        yield from csv.DictReader(lines)
-    else:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = msgspec.json.decode(line)
-            except msgspec.DecodeError as error:
-                raise TraceError(f"{path}, line {number}: not JSON: {error}", path, number) from error
-            yield cast("dict[str, Any]", row) if isinstance(row, dict) else {"": row}
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    yield from ((reader.line_num, row) for row in reader)
+
+
+def _json_rows(path: Path) -> Rows:
+    with Records(path) as records:
+        for _, number, text in records.scan():
+            row = decoded(text)
+            if row is None:
+                raise TraceError(f"{path}, line {number}: not JSON", path, number)
+            yield number, cast("dict[str, Any]", row) if isinstance(row, dict) else {"": row}
 
 
 def _integer(value: object) -> int | None:

@@ -1,87 +1,85 @@
 """The charts of an evaluation as files, for papers and slides (extra ``plot``)."""
 
-from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from ec_agents.evaluation.table import Evaluation, Row
+from ec_agents.evaluation.charts import Chart, accuracy_by_n, gain_by_tokens, shown_rows
+from ec_agents.evaluation.table import Evaluation
+from ec_agents.files import make_folder, replacing
 
 try:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 except ImportError as error:
     raise ImportError(f"plots need the extra 'plot' ({error}): pip install 'ec-agents[plot]'") from error
 
-REFERENCES = {"oracle": ":", "majority": "--", "random": "-."}
-"""Rows that every chart shows, and their line style."""
+DASHES = {"reference r0": ":", "reference r1": "--", "reference r2": "-."}
+"""Line style of each reference."""
 FORMATS = ("png", "svg")
 
 
-def write_plots(evaluation: Evaluation, folder: str | Path, *, most: int = 6) -> list[Path]:
-    """Write accuracy against N, gain against tokens, and accuracy with intervals, each as PNG and SVG.
+def write_plots(evaluation: Evaluation, folder: str | Path) -> list[Path]:
+    """Write accuracy with intervals, accuracy against N, and gain against tokens, each as PNG and SVG.
+
+    Of whole runs, only the first chart exists.
 
     Args:
-        evaluation: A table; of whole runs only the last chart can be drawn.
-        folder: Where to; it is made if it is not there.
-        most: Selectors in a chart, besides oracle, majority and random.
+        evaluation: The table.
+        folder: Folder of the files; it is made if it does not exist.
 
     Returns:
         The files.
+
+    Raises:
+        WriteError: A file cannot be written.
     """
-    own = [row for row in evaluation.rows if row.selector not in {*REFERENCES, "avg@1", "first"}][:most]
-    rows = [*own, *(row for row in evaluation.rows if row.selector in REFERENCES)]
-    charts = {"accuracy": _intervals, "accuracy_by_n": _by_n, "gain_by_tokens": _by_tokens}
+    make_folder(folder)
+    charts = {"accuracy_by_n": accuracy_by_n(evaluation), "gain_by_tokens": gain_by_tokens(evaluation)}
+    figures = {"accuracy": _intervals(evaluation), **{n: _lines(chart) for n, chart in charts.items() if chart}}
     written: list[Path] = []
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, draw in charts.items():
-        figure: Any = Figure(figsize=(6.4, 4.2), layout="constrained")
-        axes = figure.subplots()
-        if not draw(axes, rows, evaluation):
-            continue
-        for suffix in FORMATS:
-            written.append(Path(folder) / f"{name}.{suffix}")
-            figure.savefig(written[-1], dpi=160)
+    for name, figure in figures.items():
+        for form in FORMATS:
+            picture = BytesIO()
+            figure.savefig(picture, dpi=160, format=form)
+            written.append(Path(folder) / f"{name}.{form}")
+            with replacing(written[-1], "wb") as file:
+                file.write(picture.getvalue())
     return written
 
 
-def _intervals(axes: Any, rows: Sequence[Row], evaluation: Evaluation) -> bool:  # noqa: ARG001 - one form for all
+def _intervals(evaluation: Evaluation) -> Any:
     """Accuracy of each selector with its interval."""
+    figure, axes = _figure()
+    rows = [row for row, _ in shown_rows(evaluation)]
     places = range(len(rows))
     values = [row.accuracy.value for row in rows]
     errors = [[r.accuracy.value - r.accuracy.low for r in rows], [r.accuracy.high - r.accuracy.value for r in rows]]
     axes.errorbar(values, places, xerr=errors, fmt="o", capsize=3)
     axes.set_yticks(places, [row.selector for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel("right")
+    axes.set_xlabel("accuracy")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     axes.grid(axis="x", alpha=0.3)
-    return True
+    return figure
 
 
-def _by_n(axes: Any, rows: Sequence[Row], evaluation: Evaluation) -> bool:  # noqa: ARG001 - one form for all
-    """Accuracy against the number of candidates."""
-    shown = [(row, list(row.curve), list(row.curve.values())) for row in rows if len(row.curve) > 1]
-    return _lines(axes, shown, "candidates drawn", "right")
-
-
-def _by_tokens(axes: Any, rows: Sequence[Row], evaluation: Evaluation) -> bool:
-    """Gain over a single call against the tokens of a task."""
-    single = evaluation.row("avg@1").accuracy.value if evaluation.n_candidates else 0.0
-    shown = [
-        (row, [row.tokens * n / max(row.curve) for n in row.curve], [value - single for value in row.curve.values()])
-        for row in rows
-        if len(row.curve) > 1 and row.tokens and row.selector != "random"
-    ]
-    return _lines(axes, shown, "tokens a task", "gain over a single call")
-
-
-def _lines(axes: Any, shown: Sequence[tuple[Row, list[Any], list[float]]], x_label: str, y_label: str) -> bool:
-    for row, x, y in shown:
-        is_reference = row.selector in REFERENCES
-        style = {"linestyle": REFERENCES[row.selector], "color": "0.4"} if is_reference else {"marker": "o"}
-        axes.plot(x, y, label=row.selector, markersize=4, **style)
-    if shown:
+def _lines(chart: Chart) -> Any:
+    figure, axes = _figure()
+    for series in chart.series:
+        dashes = DASHES.get(series.style)
+        style: dict[str, Any] = {"linestyle": dashes, "color": "0.4"} if dashes else {"marker": "o"}
+        axes.plot(*zip(*series.points, strict=True), label=series.name, markersize=4, **style)
+    if chart.is_log:
         axes.set_xscale("log", base=2)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    return bool(shown)
+    axes.set_xlabel(chart.x)
+    axes.set_ylabel(chart.y)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _figure() -> tuple[Any, Any]:
+    figure: Any = Figure(figsize=(6.4, 4.2), layout="constrained")
+    return figure, figure.subplots()

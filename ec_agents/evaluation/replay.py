@@ -1,7 +1,7 @@
-"""One graded step under one selector, reduced to the numbers that the tables need."""
+"""Replay one graded step under one strategy, reduced to the numbers that the tables need."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,62 +16,62 @@ from ec_agents.selection import Selector
 Floats = NDArray[np.float64]
 
 EVERY_N = 16
-"""Up to this, a curve has a point for each n."""
+"""A curve has a point for each n up to this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """What one way of choosing would have done at one step."""
+    """The result of one strategy at one step."""
 
     right: float
-    """Outcome of the choice, 0..1: an expectation where the choice is random."""
+    """Outcome of the choice, 0..1: an expectation if the choice is random."""
     curve: tuple[float, ...]
-    """Expected outcome if only n candidates had been drawn, for each n asked for."""
+    """Expected outcome with only n candidates, for each requested n."""
     tokens: tuple[float, float]
     """Input and output tokens spent; NaN if a candidate reports none."""
     scores: Floats
-    """``(N,)``, turned so that high is better; NaN = unscored. Empty if nothing was scored."""
+    """``(N,)``, with the sign that makes high better; NaN = unscored. Empty if nothing was scored."""
     labels: NDArray[np.bool_]
-    """``(N,)``: which of them are right."""
+    """``(N,)``: whether each scored candidate is right."""
     auroc: float = math.nan
-    """Of the scores within this step."""
+    """AUROC of the scores within this step."""
     margin: float = math.nan
-    """In standard deviations of a signal-free score where the scorer knows them, otherwise as it is."""
+    """In standard deviations of a signal-free score where the scorer knows them, otherwise in units of the score."""
     n_flawed: int = 0
-    """Candidates that a guard found something in."""
+    """Candidates in which a guard found a flaw."""
     is_fallback: float = math.nan
-    """1 if there was nothing to rank by, 0 if there was."""
+    """1 if there was nothing to rank by, otherwise 0."""
     agrees: float = math.nan
-    """1 if this is the choice that was recorded, 0 if it is another one."""
+    """1 if the recorded choice is the same, 0 if it differs."""
 
 
 _FIRST = Selector(scorer=FirstScorer())
 
-Policy = Callable[[Graded, Sequence[int]], Replay]
-"""A graded step and the values of n of the curve → what this way of choosing would have done."""
+Strategy = Callable[[Graded, Sequence[int]], Replay]
+"""A way of choosing: takes a graded step and the n of each point of the curve."""
 
 
 def curve_points(n: int) -> tuple[int, ...]:
-    """The values of n of a curve: each up to 16, then each doubling, and N itself."""
+    """The n of each point of a curve: every n up to 16, then each doubling, and N itself."""
     doublings = (EVERY_N << shift for shift in range(1, n.bit_length()))
     return tuple(sorted({*range(1, min(n, EVERY_N) + 1), *(point for point in doublings if point < n), n}))
 
 
-class SelectorPolicy:
-    """A selector, replayed.
+class SelectorStrategy:
+    """The strategy of a selector.
 
-    Where the score of a candidate does not depend on the others, the curve is exact; otherwise, for votes say, it is
-    the mean over ``subsets`` random subsets.
+    If the score of a candidate does not depend on the others, the curve is exact. Otherwise, as for votes, it is the
+    mean over ``subsets`` random subsets.
 
     Args:
-        selector: The way of choosing.
-        rng: Draws the subsets.
-        subsets: How many for each n.
-        calls: ``"all"``: every choice needs all N; ``"until_chosen"``: it needs the calls up to the chosen one.
+        selector: Chooses.
+        rng: Random generator for the subsets.
+        subsets: Random subsets per point of the curve.
+        calls: Which calls the choice has to wait for: ``"all"``, or ``"until_chosen"`` for those up to the chosen one.
     """
 
     PROBED = 5
-    """Steps on which it is tried whether scores depend on the other candidates."""
+    """Steps on which the independence of the scores is tested."""
 
     def __init__(self, selector: Selector, rng: np.random.Generator, *, subsets: int = 2, calls: str = "all") -> None:
         self._selector = selector
@@ -85,7 +85,7 @@ class SelectorPolicy:
         """Replay one step."""
         candidates = graded.step.candidates
         if not candidates:
-            return nothing(points)
+            return all_failed(points)
         selection = self._selector(candidates)
         self._probe(candidates, selection)
         sign = 1.0 if self._selector.scorer.best == "highest" else -1.0
@@ -110,11 +110,11 @@ class SelectorPolicy:
         total = graded.n_drawn
         if n >= total:
             return float(graded.right[selection.chosen])
-        lost = [0.0] * (total - len(selection.order))
+        failed = [0.0] * (total - len(selection.order))
         if self._independent or n == 1:
-            return best_of_subset([float(graded.right[index]) for index in selection.order] + lost, n)
-        drawn = [self._rng.permutation(total)[:n] for _ in range(self._subsets)]
-        return sum(self._outcome(graded, subset.tolist()) for subset in drawn) / self._subsets
+            return best_of_subset([float(graded.right[index]) for index in selection.order] + failed, n)
+        subsets = [self._rng.permutation(total)[:n] for _ in range(self._subsets)]
+        return sum(self._outcome(graded, subset.tolist()) for subset in subsets) / self._subsets
 
     def _outcome(self, graded: Graded, positions: Sequence[int]) -> float:
         candidates = graded.step.candidates
@@ -122,7 +122,7 @@ class SelectorPolicy:
         return float(graded.right[self._selector.choose(subset)]) if subset else 0.0
 
     def _probe(self, candidates: Sequence[Candidate], selection: Selection) -> None:
-        """Find out whether a candidate alone has the score that it has among the others."""
+        """Test whether a candidate scores the same alone as among the others."""
         if not self._independent or self._probed >= self.PROBED or len(candidates) < 2:
             return
         self._probed += 1
@@ -132,22 +132,20 @@ class SelectorPolicy:
 
 
 def one_call(graded: Graded, points: Sequence[int]) -> Replay:
-    """avg@1: the expected outcome of a single call, failed calls counted as not right."""
+    """avg@1: the expected outcome of a single call; failed calls count as not right."""
     value = sum(graded.right.values()) / graded.n_drawn
-    tokens = _spent(graded.step.candidates)
-    return _exact(value, [value] * len(points), (tokens[0] / graded.n_drawn, tokens[1] / graded.n_drawn))
+    return _exact(value, [value] * len(points), _per_call(graded, graded.n_drawn))
 
 
 def random_sound(graded: Graded, points: Sequence[int]) -> Replay:
     """Any sound candidate with equal chance, exactly; any candidate at all if none is sound."""
     candidates = graded.step.candidates
     if not candidates:
-        return nothing(points)
+        return all_failed(points)
     flaws = _FIRST(candidates).flaws
     sound = [c for c in candidates if not flaws.get(c.index, {}).keys() - {"no_signal"}] or candidates
     value = sum(graded.right[c.index] for c in sound) / len(sound)
-    tokens = _spent(candidates)
-    return _exact(value, [value] * len(points), (tokens[0] / len(sound), tokens[1] / len(sound)))
+    return _exact(value, [value] * len(points), _per_call(graded, len(sound)))
 
 
 def oracle(graded: Graded, points: Sequence[int]) -> Replay:
@@ -158,25 +156,31 @@ def oracle(graded: Graded, points: Sequence[int]) -> Replay:
     return _exact(float(n_right > 0), curve, _spent(graded.step.candidates))
 
 
-def nothing(points: Sequence[int]) -> Replay:
-    """A step in which every call failed: not right, whoever chooses."""
+def all_failed(points: Sequence[int]) -> Replay:
+    """A step in which every call failed: not right under any strategy."""
     return _exact(0.0, [0.0] * len(points), (0.0, 0.0))
+
+
+def outcome_only(right: float, tokens: tuple[float, float] = (math.nan, math.nan)) -> Replay:
+    """An outcome without scores or a curve, as of a whole run."""
+    return _exact(right, (), tokens)
 
 
 def _exact(right: float, curve: Sequence[float], tokens: tuple[float, float]) -> Replay:
     return Replay(right=right, curve=tuple(curve), tokens=tokens, scores=np.empty(0), labels=np.empty(0, dtype=bool))
 
 
+def _per_call(graded: Graded, calls: int) -> tuple[float, float]:
+    given, taken = _spent(graded.step.candidates)
+    return given / calls, taken / calls
+
+
 def _spent(candidates: Sequence[Candidate]) -> tuple[float, float]:
-    """Input and output tokens of the candidates; NaN where one of them reports none."""
-    usages = [_usage(candidate) for candidate in candidates]
-    return sum(u["input_tokens"] for u in usages), sum(u["output_tokens"] for u in usages)
+    """Input and output tokens of the candidates; NaN if one of them reports none."""
+    given = sum((c.usage or {}).get("input_tokens", math.nan) for c in candidates)
+    return given, sum(map(_output_tokens, candidates))
 
 
-def _usage(candidate: Candidate) -> Mapping[str, float]:
-    given = candidate.usage or {}
-    output = math.nan if candidate.signals is None else candidate.signals.n_tokens
-    return {
-        "input_tokens": given.get("input_tokens", math.nan),
-        "output_tokens": given.get("output_tokens", output),
-    }
+def _output_tokens(candidate: Candidate) -> float:
+    counted = math.nan if candidate.signals is None else candidate.signals.n_tokens
+    return (candidate.usage or {}).get("output_tokens", counted)

@@ -1,28 +1,28 @@
-"""Runs of an evaluation: every task and trial once, on disk as it ends, so that a killed one goes on where it was."""
+"""Run an evaluation: every task and trial once, saved as it ends, so that an interrupted evaluation can be resumed."""
 
 import asyncio
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
 
 import msgspec
+import numpy as np
 from langchain_core.exceptions import ContextOverflowError
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.errors import GraphRecursionError
 
 from ec_agents.agents.step import describe_failure
-from ec_agents.candidates import Candidate, CandidateSet, Step
-from ec_agents.errors import ConfigError, SamplingError
+from ec_agents.candidates import Candidate, CandidateSet, Step, add_usage
+from ec_agents.errors import ConfigError, SamplingError, TraceError, UnsupportedLogprobs, WriteError
 from ec_agents.evaluation.comparison import evaluate, evaluate_runs
 from ec_agents.evaluation.factories import (
     AgentRun,
     Factory,
-    added,
     answer_of,
     asker,
     make,
@@ -32,10 +32,10 @@ from ec_agents.evaluation.factories import (
     usage_of,
 )
 from ec_agents.evaluation.outcomes import Graded, RunOutcome
+from ec_agents.evaluation.settings import ALWAYS, CONCURRENCY, EvalSettings
 from ec_agents.evaluation.store import (
     TRACE,
-    EvalSettings,
-    Outcome,
+    OutcomeLine,
     UnderWay,
     Unit,
     check_settings,
@@ -44,21 +44,30 @@ from ec_agents.evaluation.store import (
     read_outcome_lines,
     recorded_steps,
     steps_under_way,
-    write_outcome,
+    write_outcome_line,
 )
-from ec_agents.evaluation.table import ALWAYS, Evaluation
-from ec_agents.evaluation.tasks import Checker, EvalTask
+from ec_agents.evaluation.table import Evaluation
+from ec_agents.evaluation.tasks import Checker, EvalTask, ToolCalls
+from ec_agents.files import make_folder
 from ec_agents.sampling import sample
+from ec_agents.scoring import RandomScorer, Scores, action_key
 from ec_agents.selection import Selector
 from ec_agents.trace import TraceWriter
 
 ERRORS_IN_A_ROW = 20
-"""So many infrastructure errors without a success between them end an evaluation."""
+"""Consecutive errors that end an evaluation."""
+ERRORS_AT_FIRST = 5
+"""Consecutive errors that end an evaluation of which no run has succeeded yet."""
+
+_FATAL = (ConfigError, TraceError, UnsupportedLogprobs, WriteError)
+"""Errors that every other run would meet too."""
+_CHECKER = "the checker raised "
+"""Begins the error of a run whose answer could not be graded."""
 
 
 @dataclass(slots=True, kw_only=True)
 class UnitRunner:
-    """What all runs of an evaluation share."""
+    """Does the runs of an evaluation, one at a time."""
 
     settings: EvalSettings
     factory: Factory
@@ -68,35 +77,39 @@ class UnitRunner:
     """The directory."""
     trace: TraceWriter
     saver: BaseCheckpointSaver[Any] | None
-    """Where agents keep their state."""
+    """Store of the agents' states."""
     recorded: Mapping[str, Mapping[int, Step]]
-    """What the trace has of agents' runs that have not ended: run → number → step."""
+    """Recorded steps of the agents' unfinished runs: run → number → step."""
 
-    async def outcome(self, unit: Unit, task: EvalTask) -> Outcome:
-        """Draw or run, and grade; whatever an agent or a server raises is an infrastructure error.
+    async def outcome(self, unit: Unit, task: EvalTask) -> OutcomeLine:
+        """Sample or run, and grade; an exception of the agent, the server or the checker becomes ``error``.
 
         Raises:
             ConfigError: The task, the factory or the checker does not fit.
+            TraceError: The trace cannot be written.
+            UnsupportedLogprobs: The model cannot return log-probabilities.
+            WriteError: Another file cannot be written.
         """
-        name, trial, arm = unit
-        run = f"{name}/{trial}/{arm or 'all'}#{uuid4().hex[:8]}"
-        start = Outcome(run=run, task=name, trial=trial, selector=arm, seed=seed_of(self.settings.seed, name, trial))
+        name, trial, selector = unit
+        run = f"{name}/{trial}/{selector or 'all'}#{uuid4().hex[:8]}"
+        seed = seed_of(self.settings.seed, name, trial)
+        start = OutcomeLine(run=run, task=name, trial=trial, selector=selector, seed=seed)
         under_way = UnderWay(self.out, unit)
         try:
-            if arm is None:
+            if selector is None:
                 return await self._one_step(start, task, under_way)
-            return await self._whole_run(start, task, under_way, arm)
-        except ConfigError:
+            return await self._whole_run(start, task, under_way, selector)
+        except _FATAL:
             raise
         except Exception as error:  # noqa: BLE001 - see above
             return msgspec.structs.replace(start, error=f"{type(error).__name__}: {error}")
 
-    async def _one_step(self, start: Outcome, task: EvalTask, under_way: UnderWay) -> Outcome:
-        """Draw the candidates that are not there yet, and grade all."""
+    async def _one_step(self, start: OutcomeLine, task: EvalTask, under_way: UnderWay) -> OutcomeLine:
+        """Sample the candidates that are still missing, and grade all of them."""
         before = under_way.steps()
         began = time.perf_counter()
         run = next((step.run for step in before.values()), start.run)
-        drawn, texts = await self._drawn(run, start.seed, task, under_way, before)
+        drawn, texts = await self._sampled(run, start.seed, task, under_way, before)
         step = Step(
             run=run,
             task=task.id,
@@ -109,13 +122,14 @@ class UnitRunner:
         self.trace.write(step)
         return await graded(self.check, msgspec.structs.replace(start, run=run), task, step)
 
-    async def _drawn(
+    async def _sampled(
         self, run: str, seed: int, task: EvalTask, under_way: UnderWay, before: Mapping[int, Step]
     ) -> tuple[CandidateSet, dict[str, Any]]:
-        """All candidates, each on disk as it comes, and the texts of their tokens."""
+        """All candidates, each saved as it arrives, and the texts of their tokens."""
         texts: dict[int, Any] = {index: step.info["tokens"] for index, step in before.items()}
-        model = make(self.factory, n=self.settings.n, task=task, seed=seed)
-        ask = asker(model, top_logprobs=self.settings.top_logprobs, seed_calls=self.settings.seed_calls)
+        n, k = self.settings.n, self.settings.top_logprobs
+        model = make(self.factory, n=n, task=task, seed=seed)
+        ask = asker(model, n=n, top_logprobs=k, seed_calls=self.settings.seed_calls)
 
         async def call(index: int) -> object:
             if index in before:
@@ -124,24 +138,25 @@ class UnitRunner:
             texts[index] = token_text(response)
             return response
 
-        with under_way.writer() as drawing:
+        with under_way.writer() as saved:
 
-            def keep(index: int, result: Candidate | BaseException) -> None:
+            def save(index: int, result: Candidate | BaseException) -> None:
                 if isinstance(result, Candidate) and index not in before:
-                    drawing.write(Step(run=run, number=index, candidates=[result], info={"tokens": texts[index]}))
+                    saved.write(Step(run=run, number=index, candidates=[result], info={"tokens": texts[index]}))
 
-            drawn = await sample(call, n=self.settings.n, min_candidates=1, on_result=keep)
+            drawn = await sample(call, n=n, on_result=save)
         return drawn, {str(index): texts[index] for index in drawn.messages if texts[index] is not None}
 
-    async def _whole_run(self, start: Outcome, task: EvalTask, under_way: UnderWay, arm: str) -> Outcome:
-        """Run an agent to its end, from where it was if it can go on."""
-        n = 1 if arm == "first" else self.settings.n
-        given = {"n": n, "selector": self.selectors[arm], "task": task, "seed": start.seed, "trace": self.trace}
+    async def _whole_run(self, start: OutcomeLine, task: EvalTask, under_way: UnderWay, selector: str) -> OutcomeLine:
+        """Run an agent to its end, resuming an interrupted run if possible."""
+        n = 1 if selector == "first" else self.settings.n
+        chooses = _seeded(self.selectors[selector], start.seed)
+        given = {"n": n, "selector": chooses, "task": task, "seed": start.seed, "trace": self.trace}
         start, run = await self._begun(start, task, make(self.factory, **given), under_way)
         records_itself = "trace" in inspect.signature(self.factory).parameters
         usages = [usage(step) for step in run.taken]
         if run.taken and not records_itself:
-            self.trace.write(run.taken[-1])  # it may have been cut off before; what is recorded twice counts once
+            self.trace.write(run.taken[-1])  # the kill may have come before; a step recorded twice counts once
         try:
             async for step in run.steps():
                 usages.append(usage(step))
@@ -155,10 +170,15 @@ class UnitRunner:
             right = False
         else:
             right = await is_right(self.check, task, *answer_of(run.state))
-        return msgspec.structs.replace(start, right=right, usage=added(*usages) or usage_of(run.state))
+        spent = add_usage(usages) or usage_of(run.state)
+        if isinstance(right, str):
+            return msgspec.structs.replace(start, error=right, usage=spent)
+        return msgspec.structs.replace(start, right=right, usage=spent)
 
-    async def _begun(self, start: Outcome, task: EvalTask, agent: Any, under_way: UnderWay) -> tuple[Outcome, AgentRun]:
-        """The run that was under way, if it can go on; otherwise a new one, which counts what it repeats."""
+    async def _begun(
+        self, start: OutcomeLine, task: EvalTask, agent: Any, under_way: UnderWay
+    ) -> tuple[OutcomeLine, AgentRun]:
+        """The interrupted run if it can be resumed; otherwise a new one, with a count of what it repeats."""
         before = under_way.steps().get(0)
         if before is not None:
             counts = {name: before.info[name] for name in ("restarts", "repeated")}
@@ -169,45 +189,77 @@ class UnitRunner:
             counts["restarts"] += 1
             counts["repeated"] += sum(len(step.candidates) + len(step.failures) for step in lost)
             start = msgspec.structs.replace(start, **counts)
-        with under_way.writer() as noted:
-            noted.write(Step(run=start.run, info={"restarts": start.restarts, "repeated": start.repeated}))
+        with under_way.writer() as saved:
+            saved.write(Step(run=start.run, info={"restarts": start.restarts, "repeated": start.repeated}))
         return start, AgentRun(agent, task, start.run, self.saver)
 
 
-async def graded(check: Checker, start: Outcome, task: EvalTask, step: Step) -> Outcome:
-    """The outcome of every candidate of a step."""
-    right = {c.index: await is_right(check, task, c.content, c.tool_calls) for c in step.candidates}
+class _RunRandom(RandomScorer):
+    """Random scores that a repeated or resumed run gets again: they depend on the run's seed and the candidates."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self._seed = seed
+
+    def __call__(self, candidates: Sequence[Candidate]) -> Scores:
+        """A uniform number for each candidate, ``(N,)``."""
+        return np.random.default_rng(seed_of(self._seed, *map(action_key, candidates))).random(len(candidates))
+
+
+def _seeded(selector: Selector, seed: int) -> Selector:
+    """The selector for one run: a random one gets the run's seed."""
+    is_random = type(selector.scorer) is RandomScorer
+    return replace(selector, scorer=_RunRandom(seed)) if is_random else selector
+
+
+async def graded(check: Checker, start: OutcomeLine, task: EvalTask, step: Step) -> OutcomeLine:
+    """Grade every candidate of a step; an exception of the checker becomes ``error``."""
+    right: dict[int, bool] = {}
+    for candidate in step.candidates:
+        verdict = await is_right(check, task, candidate.content, candidate.tool_calls)
+        if isinstance(verdict, str):
+            return msgspec.structs.replace(start, error=verdict, usage=usage(step))
+        right[candidate.index] = verdict
     return msgspec.structs.replace(start, right=right, usage=usage(step))
 
 
-async def is_right(check: Checker, task: EvalTask, text: str, calls: Any) -> bool:
-    """What the checker says, asynchronous or not."""
-    verdict = check(task, text, calls)
-    return bool(await verdict if inspect.isawaitable(verdict) else verdict)
+async def is_right(check: Checker, task: EvalTask, text: str, calls: ToolCalls) -> bool | str:
+    """Ask the checker, synchronous or not; a text describes the exception that it raised.
+
+    Raises:
+        ConfigError: The checker does not fit the task.
+    """
+    try:
+        verdict = check(task, text, calls)
+        return bool(await verdict if inspect.isawaitable(verdict) else verdict)
+    except ConfigError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a checker is the user's code, and may raise anything
+        return f"{_CHECKER}{type(error).__name__}: {error}"
 
 
 def usage(step: Step) -> dict[str, int]:
-    """Tokens of the candidates together, with those that were asked for in vain before."""
-    return added(*(candidate.usage or {} for candidate in step.candidates), step.info.get("spent", {}))
+    """Tokens of all candidates of a step, and of the responses that were discarded before them."""
+    return add_usage([step.info.get("spent"), *(candidate.usage for candidate in step.candidates)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far an evaluation is."""
+    """Progress of an evaluation."""
 
     done: int
     total: int
     errors: int
-    """Of those done, infrastructure errors; running the same command again tries these again."""
+    """Runs among those done that ended in an error; running the same command again retries them."""
 
 
 @dataclass(slots=True, kw_only=True)
 class EvalRun:
     """An evaluation in a directory: ``trace.jsonl``, ``outcomes.jsonl`` and ``settings.json``.
 
-    A run is done when its outcome is written. What is done is not done again. Of a one-step task each candidate is kept
-    as it comes, and what was drawn but not graded when the program was killed is graded from the trace. An agent that
-    is a compiled graph goes on from its last superstep; another one begins again, which its outcome says.
+    A run is done when its outcome is written, and is not repeated. The candidates of a one-step task are saved as they
+    arrive, and those that were sampled but not graded are graded from the trace. An agent that is a compiled graph is
+    resumed from its last superstep; any other agent starts over, and its outcome counts that.
     """
 
     settings: EvalSettings
@@ -215,15 +267,15 @@ class EvalRun:
     factory: Factory
     check: Checker
     selectors: Mapping[str, Selector]
-    """Of one-step tasks all are replayed on the same candidates; of agents each has runs of its own."""
+    """All are replayed on the same candidates of one-step tasks; each gets its own runs of an agent."""
     out: Path
     """The directory."""
     trials: int = 1
     """Runs of each task."""
-    concurrency: int = 4
-    """Runs at once; each draws its N candidates at once."""
+    concurrency: int = CONCURRENCY
+    """Concurrent runs; each samples its N candidates at once."""
     on_progress: Callable[[Progress], None] = lambda _: None
-    _done: dict[Unit, Outcome] = field(default_factory=dict[Unit, Outcome])
+    _done: dict[Unit, OutcomeLine] = field(default_factory=dict[Unit, OutcomeLine])
     _errors_in_a_row: list[str] = field(default_factory=list[str])
 
     def __post_init__(self) -> None:
@@ -238,30 +290,35 @@ class EvalRun:
 
     @property
     def units(self) -> list[Unit]:
-        """All there is to do, in order."""
-        arms = list(self.selectors) if self.is_multi_step else [None]
-        return [(task.id, trial, arm) for trial in range(self.trials) for task in self.tasks for arm in arms]
+        """All runs of the evaluation, in order."""
+        selectors = list(self.selectors) if self.is_multi_step else [None]
+        return [(task.id, trial, name) for trial in range(self.trials) for task in self.tasks for name in selectors]
 
     async def run(self) -> None:
-        """Do what is not done yet.
+        """Do the runs that are not done yet.
 
         Raises:
-            ConfigError: The directory belongs to an evaluation with other settings, or another process works on it.
-            SamplingError: One infrastructure error came after another; what was done is kept.
+            ConfigError: The directory belongs to an evaluation with other settings, another process works on it, or
+                the checker raises.
+            SamplingError: Every run ended in an error, or too many in a row did; everything done is kept.
+            TraceError: The trace cannot be written.
+            WriteError: Another file of the directory cannot be written.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out)
         with locked(self.out), TraceWriter(self.out / TRACE) as trace:
             check_settings(self.out, asdict(self.settings))
             self._done = {unit: outcome for unit, outcome in read_outcome_lines(self.out) if outcome.error is None}
             if not self.is_multi_step:
-                await self._grade_what_was_drawn()
+                await self._grade_what_was_sampled()
             missing = [unit for unit in self.units if unit not in self._done]
             self._report()
             async with checkpoints(self.out) if self.is_multi_step and missing else nullcontext() as saver:
                 await self._work_on(iter(missing), self._runner(missing, trace, saver))
+            if self._errors_in_a_row and not self._has_succeeded:
+                raise self._failure(f"all {len(self._errors_in_a_row)} runs")
 
     def graded(self) -> Iterator[Graded]:
-        """The graded steps of one-step tasks; one in which everything failed has no candidate that is right."""
+        """The graded steps of one-step tasks; a step in which everything failed has no candidate."""
         outcomes = {o.run: o for _, o in self._wanted() if isinstance(o.right, dict)}
         if outcomes:
             for step in recorded_steps(self.out / TRACE):
@@ -273,16 +330,16 @@ class EvalRun:
                 yield Graded(step=Step(run=outcome.run, task=outcome.task, failures=failures), right={})
 
     def evaluation(self, **options: Any) -> Evaluation:
-        """The table; ``options`` are those of ``evaluate`` or ``evaluate_runs``."""
+        """Compute the table; ``options`` are those of ``evaluate`` or ``evaluate_runs``."""
         if self.is_multi_step:
             order = list(self.selectors)
-            wanted = sorted(self._wanted(), key=lambda found: order.index(found[0][2] or ""))
+            wanted = sorted(self._wanted(), key=lambda entry: order.index(entry[0][2] or ""))
             runs = [_run_outcome(outcome) for _, outcome in wanted]
             return evaluate_runs(runs, seed=self.settings.seed, **options)
         selectors = {name: selector for name, selector in self.selectors.items() if name not in ALWAYS}
         return evaluate(self.graded(), selectors, seed=self.settings.seed, **options)
 
-    def _wanted(self) -> list[tuple[Unit, Outcome]]:
+    def _wanted(self) -> list[tuple[Unit, OutcomeLine]]:
         latest, units = dict(read_outcome_lines(self.out)), set(self.units)
         return [(unit, outcome) for unit, outcome in latest.items() if unit in units]
 
@@ -315,18 +372,18 @@ class EvalRun:
             if runner.saver is not None and outcome.error is None:
                 await runner.saver.adelete_thread(outcome.run)
 
-    async def _grade_what_was_drawn(self) -> None:
-        """Grade the steps that were recorded but have no outcome, of one-step tasks."""
+    async def _grade_what_was_sampled(self) -> None:
+        """Grade the recorded steps of one-step tasks that have no outcome."""
         tasks = {task.id: task for task in self.tasks}
         finished = {outcome.run for _, outcome in read_outcome_lines(self.out) if outcome.error is None}
         for step in recorded_steps(self.out / TRACE):
             unit = (step.task or "", int(step.info.get("trial", 0)), None)
             if step.run not in finished and unit not in self._done and step.task in tasks:
-                start = Outcome(run=step.run, task=step.task, trial=unit[1], seed=step.info.get("seed", 0))
+                start = OutcomeLine(run=step.run, task=step.task, trial=unit[1], seed=step.info.get("seed", 0))
                 self._finish(unit, await graded(self.check, start, tasks[step.task], step))
 
-    def _finish(self, unit: Unit, outcome: Outcome) -> None:
-        write_outcome(self.out, outcome)
+    def _finish(self, unit: Unit, outcome: OutcomeLine) -> None:
+        write_outcome_line(self.out, outcome)
         self._done[unit] = outcome
         self._report()
         if outcome.error is None:
@@ -334,12 +391,21 @@ class EvalRun:
             self._errors_in_a_row.clear()
             return
         self._errors_in_a_row.append(outcome.error)
-        if len(self._errors_in_a_row) >= ERRORS_IN_A_ROW:
-            raise SamplingError(
-                f"{ERRORS_IN_A_ROW} runs in a row ended in an infrastructure error, the first with: "
-                f"{self._errors_in_a_row[0]}; what was done is kept in {self.out}: run the same command again",
-                {},
-            )
+        limit = ERRORS_IN_A_ROW if self._has_succeeded else ERRORS_AT_FIRST
+        if len(self._errors_in_a_row) >= limit:
+            raise self._failure(f"{limit} runs in a row")
+
+    @property
+    def _has_succeeded(self) -> bool:
+        return any(outcome.error is None for outcome in self._done.values())
+
+    def _failure(self, which: str) -> ConfigError | SamplingError:
+        """What ends an evaluation whose runs fail, with the first error."""
+        first = self._errors_in_a_row[0]
+        text = f"{which} ended in an error, the first with: {first}; everything done is kept in {self.out}: "
+        if first.startswith(_CHECKER):
+            return ConfigError(f"{text}correct the checker and run the same command again, which samples nothing twice")
+        return SamplingError(f"{text}remove the cause and run the same command again", {})
 
     def _report(self) -> None:
         units = set(self.units)
@@ -348,7 +414,7 @@ class EvalRun:
         self.on_progress(Progress(done=len(done), total=len(units), errors=errors))
 
 
-def _run_outcome(outcome: Outcome) -> RunOutcome:
+def _run_outcome(outcome: OutcomeLine) -> RunOutcome:
     right = outcome.right if isinstance(outcome.right, bool) else None
     return RunOutcome(
         task=outcome.task,

@@ -1,4 +1,4 @@
-"""Intervals and tests that respect that runs of one task resemble each other."""
+"""Intervals and tests that treat the runs of one task as dependent."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,16 +11,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from ec_agents.errors import ConfigError
 
-try:
-    from scipy import stats as _scipy
-except ImportError as error:
-    raise ImportError(f"evaluations need the extra 'eval' ({error}): pip install 'ec-agents[eval]'") from error
-
 Floats = NDArray[np.float64]
 
-_scipy_stats: Any = _scipy  # SciPy ships no types
 _EXACT_UP_TO = 2**13
-"""Sign patterns that a paired test goes through one by one; beyond that it draws them."""
+"""Most sign patterns that a paired test enumerates; beyond that it samples them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,17 +28,30 @@ class Estimate:
     """Upper end of the interval."""
 
 
+def scipy_stats() -> Any:
+    """Import ``scipy.stats``, which ships no types.
+
+    Raises:
+        ImportError: The extra ``eval`` is not installed.
+    """
+    try:
+        from scipy import stats  # noqa: PLC0415 - an optional extra; reports of saved evaluations do without it
+    except ImportError as error:
+        raise ImportError(f"evaluations need the extra 'eval' ({error}): pip install 'ec-agents[eval]'") from error
+    return stats
+
+
 class Resampling:
-    """Bootstrap over whole tasks: one set of draws for every statistic, so that differences stay paired.
+    """Bootstrap over whole tasks: one set of resamples for every statistic, so that differences stay paired.
 
     Args:
         tasks: ``(G,)``: the task that each value belongs to.
-        resamples: How many bootstrap draws.
+        rng: Random generator.
+        resamples: Number of bootstrap resamples.
         level: Coverage of the intervals.
-        rng: The source of chance.
 
     Raises:
-        ConfigError: There is nothing to resample, or a number is out of range.
+        ConfigError: There is no value to resample, or a number is out of range.
 
     Source:
         Percentile bootstrap with clusters: Davison & Hinkley, Bootstrap Methods and their Application, 3.8.
@@ -63,20 +70,20 @@ class Resampling:
         self._level = level
 
     def mean(self, values: ArrayLike) -> Estimate | None:
-        """Mean of ``(G,)`` values; NaN is left out. None if nothing is left."""
+        """Mean of ``(G,)`` values, ignoring NaN; None if no value remains."""
         array = np.asarray(values, dtype=np.float64)
         known = np.isfinite(array)
         return self._ratio(self._total(np.where(known, array, 0.0)), self._total(known))
 
     def share(self, outcomes: ArrayLike) -> Estimate | None:
-        """Mean of ``(G,)`` outcomes in 0..1, as ``mean``; with an exact interval over tasks if all are 0 or all are 1.
+        """Mean of ``(G,)`` outcomes in 0..1, with an exact interval over tasks if all are 0 or all are 1.
 
-        A bootstrap of equal outcomes has no width, though a handful of them proves little.
+        The bootstrap interval of equal outcomes has zero width, although a handful of them proves little.
         """
         return self._exact_if_equal(self.mean(outcomes), outcomes, self.cluster)
 
     def share_of_tasks(self, values: ArrayLike) -> Estimate | None:
-        """The same of one value a task, in the order of ``names``."""
+        """Like ``share``, with one value per task in the order of ``names``."""
         array = np.asarray(values, dtype=np.float64)
         known = np.isfinite(array)
         found = self._ratio(np.where(known, array, 0.0), known.astype(np.float64))
@@ -92,7 +99,7 @@ class Resampling:
         if found is None or found.value not in {0.0, 1.0}:
             return found
         count = len(np.unique(cluster[np.isfinite(np.asarray(outcomes, dtype=np.float64))]))
-        ends = _scipy_stats.binomtest(int(found.value) * count, count).proportion_ci(self._level, "exact")
+        ends = scipy_stats().binomtest(int(found.value) * count, count).proportion_ci(self._level, "exact")
         return Estimate(value=found.value, low=float(ends.low), high=float(ends.high))
 
     def _total(self, values: ArrayLike) -> Floats:
@@ -110,10 +117,10 @@ class Resampling:
 
 
 def auroc(scores: ArrayLike, right: ArrayLike) -> float:
-    """How often a right candidate scores above a wrong one, ties half; NaN if one kind is missing.
+    """Share of pairs in which a right candidate scores above a wrong one, ties half; NaN without such a pair.
 
     Args:
-        scores: ``(N,)``, high = better; NaN is left out.
+        scores: ``(N,)``, high = better; NaN is ignored.
         right: ``(N,)`` bool.
     """
     values, labels = np.asarray(scores, dtype=np.float64), np.asarray(right, dtype=bool)
@@ -126,10 +133,10 @@ def auroc(scores: ArrayLike, right: ArrayLike) -> float:
 
 
 def paired_p(differences: ArrayLike, rng: np.random.Generator, *, resamples: int = 9999) -> float:
-    """Two-sided p-value that paired differences, one a task, are as likely to be positive as negative.
+    """Two-sided p-value of paired differences, one per task, under random signs.
 
-    Exact where all differences have one size (then it is the sign test, McNemar's exact test) or at most 13 tasks
-    differ; otherwise from ``resamples`` random signs, counting the one observed.
+    Exact if all differences have the same size (the sign test, McNemar's exact test) or at most 13 tasks differ;
+    otherwise estimated from ``resamples`` random sign patterns and the observed one.
 
     Source:
         Sign-flip permutation test; Phipson & Smyth, 2010, for the count.
@@ -139,7 +146,7 @@ def paired_p(differences: ArrayLike, rng: np.random.Generator, *, resamples: int
     if not len(moved):
         return 1.0
     if np.ptp(np.abs(moved)) < 1e-12:
-        return float(_scipy_stats.binomtest(int((moved > 0).sum()), len(moved)).pvalue)
+        return float(scipy_stats().binomtest(int((moved > 0).sum()), len(moved)).pvalue)
     exact = 2 ** len(moved) <= _EXACT_UP_TO if len(moved) < 60 else False
     signs = _all_signs(len(moved)) if exact else rng.choice((-1.0, 1.0), size=(resamples, len(moved)))
     extreme = int((np.abs(signs @ moved) >= abs(float(moved.sum())) - 1e-9).sum())
@@ -147,7 +154,7 @@ def paired_p(differences: ArrayLike, rng: np.random.Generator, *, resamples: int
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected for their number, so that the chance of any false alarm stays below the level.
+    """Correct p-values for their number, so that the chance of any false alarm stays below the level.
 
     Source:
         S. Holm, Scandinavian Journal of Statistics 6 (1979) 65-70.
@@ -161,11 +168,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def all_right(chances: Sequence[float], k: int) -> float:
-    """pass^k of one task: how likely k of its trials, drawn without replacement, are all right; NaN with fewer trials.
+    """pass^k of one task: chance that k of its trials, taken without replacement, are all right; NaN with fewer.
 
     Args:
-        chances: Chance of each trial to be right; 0 or 1 where that is known.
-        k: How many trials.
+        chances: Chance of each trial to be right; 0 or 1 where it is known.
+        k: Number of trials.
 
     Source:
         C(c, k) / C(t, k) for c right ones of t (tau-bench, arXiv 2406.12045); here the mean over all k-subsets of the
@@ -181,7 +188,7 @@ def all_right(chances: Sequence[float], k: int) -> float:
 
 
 def best_of_subset(ranked: Sequence[float], n: int) -> float:
-    """Expected outcome of the best-ranked of n candidates drawn without replacement, exactly.
+    """Exact expected outcome of the best-ranked of n candidates taken without replacement.
 
     Args:
         ranked: ``(N,)`` outcomes, best rank first.
@@ -198,16 +205,19 @@ def best_of_subset(ranked: Sequence[float], n: int) -> float:
 def cross_fit(
     outcomes: Mapping[str, Floats], tasks: Sequence[str], rng: np.random.Generator, *, folds: int = 5
 ) -> tuple[Floats, list[str]]:
-    """Outcomes of the setting that is best on all *other* folds, and which one that was in each fold.
+    """For each fold, take the outcomes of the setting that is best on all *other* folds.
 
     Args:
         outcomes: Setting → ``(G,)`` outcomes.
-        tasks: ``(G,)``: task of each; a task lies in one fold only.
-        rng: Deals the tasks out.
-        folds: How many.
+        tasks: ``(G,)``: the task of each outcome; a task lies in one fold only.
+        rng: Random generator that assigns tasks to folds.
+        folds: Number of folds.
+
+    Returns:
+        ``(G,)`` outcomes, and the setting that was chosen for each fold.
 
     Raises:
-        ConfigError: There is no setting, or there are fewer tasks than folds.
+        ConfigError: No setting is given, or there are fewer tasks than folds.
     """
     names, cluster = np.unique(np.asarray(tasks), return_inverse=True)
     if not outcomes or not 2 <= folds <= len(names):

@@ -1,11 +1,11 @@
-"""The directory of an evaluation: settings, trace, one line for each run as it ends, and what is under way."""
+"""The directory of an evaluation: settings, trace, one line per finished run, and the state of unfinished runs."""
 
 import hashlib
 import logging
 import os
+import sqlite3
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import msgspec
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
 from ec_agents.candidates import Step
-from ec_agents.errors import ConfigError
+from ec_agents.errors import ConfigError, WriteError
+from ec_agents.files import explained, private, replace_text
 from ec_agents.trace import TraceWriter, read_steps
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing keeps a second process out
+except ImportError:  # on Windows the directory is not locked
     fcntl = None
 
 TRACE, OUTCOMES, SETTINGS = "trace.jsonl", "outcomes.jsonl", "settings.json"
@@ -27,33 +28,15 @@ UNDER_WAY, CHECKPOINTS = "under_way", "checkpoints.sqlite"
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalSettings:
-    """What must not change when an evaluation goes on."""
-
-    tasks: str
-    """Where they come from."""
-    agent: str
-    """Name of the factory."""
-    n: int = 8
-    """Candidates a step."""
-    seed: int = 0
-    """Every run and call has its own seed made from this one."""
-    seed_calls: bool = False
-    """Whether each call of a one-step task is sent its seed; not every server takes one."""
-    top_logprobs: int | None = 20
-    """Alternatives that each call of a one-step task asks for; None asks for nothing."""
-
-
-class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+class OutcomeLine(msgspec.Struct, frozen=True, kw_only=True):
     """A line of ``outcomes.jsonl``: how one run ended."""
 
     run: str
-    """Its name in the trace."""
+    """Name of the run in the trace."""
     task: str
     trial: int
     selector: str | None = None
-    """None: all candidates of a one-step task are graded, for all selectors."""
+    """None: a one-step task, all candidates of which are graded for all selectors."""
     right: dict[int, bool] | bool | None = None
     """By candidate, or of the whole run; None: an infrastructure error."""
     usage: dict[str, int] = msgspec.field(default_factory=dict[str, int])
@@ -62,30 +45,35 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     error: str | None = None
     restarts: int = 0
-    """How often the run ended before its end, could not go on, and was begun again."""
+    """How often the run was interrupted, could not be resumed, and was started over."""
     repeated: int = 0
-    """Calls of steps that were recorded before that, and are made again."""
+    """Calls of recorded steps that were repeated because of that."""
 
 
 Unit = tuple[str, int, str | None]
-"""Task, trial, and the selector of a whole run."""
+"""One run to do: task, trial and, for whole runs of an agent, the selector."""
 
 
-def read_outcome_lines(out: Path) -> Iterator[tuple[Unit, Outcome]]:
-    """The outcomes in a directory, in the order in which they came; a torn line is left out."""
+def read_outcome_lines(out: Path) -> Iterator[tuple[Unit, OutcomeLine]]:
+    """The outcomes in a directory, in the order in which they were written; torn lines are skipped."""
     path = out / OUTCOMES
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
-            outcome = msgspec.json.decode(line, type=Outcome)
-        except msgspec.DecodeError:
+            outcome = msgspec.json.decode(line, type=OutcomeLine)
+        except (msgspec.DecodeError, UnicodeDecodeError):
             continue
         yield (outcome.task, outcome.trial, outcome.selector), outcome
 
 
-def write_outcome(out: Path, outcome: Outcome) -> None:
-    """Append an outcome in one piece, on a line of its own even after a torn one."""
+def write_outcome_line(out: Path, outcome: OutcomeLine) -> None:
+    """Append an outcome in one write, starting a new line after a torn one.
+
+    Raises:
+        WriteError: The disk is full, or the directory cannot be written to.
+    """
     line = msgspec.json.encode(outcome)
-    with (out / OUTCOMES).open("ab+") as file:
+    path = out / OUTCOMES
+    with explained(path), open(path, "ab+", opener=private) as file:
         size = file.seek(0, os.SEEK_END)
         if size:
             file.seek(size - 1)
@@ -94,21 +82,25 @@ def write_outcome(out: Path, outcome: Outcome) -> None:
 
 
 def check_settings(out: Path, wanted: Mapping[str, Any]) -> None:
-    """Write the settings into a new directory, or see that they are those of an old one.
+    """Write the settings into a new directory, or compare them with those of an existing one.
 
     Raises:
-        ConfigError: They are others.
+        ConfigError: The settings differ, or those of the directory cannot be read.
+        WriteError: The file cannot be written.
     """
     path = out / SETTINGS
     if not path.exists():
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(wanted)))
+        replace_text(path, msgspec.json.format(msgspec.json.encode(wanted)).decode())
         return
-    found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path} is damaged ({error}); restore it, or use another directory") from error
     other = [
         f"{key}: {found.get(key)!r} there, {value!r} now" for key, value in wanted.items() if found.get(key) != value
     ]
     if other:
-        raise ConfigError(f"{out} holds an evaluation with other settings ({'; '.join(other)}); take another directory")
+        raise ConfigError(f"{out} holds an evaluation with other settings ({'; '.join(other)}); use another directory")
 
 
 @contextmanager
@@ -116,65 +108,75 @@ def locked(out: Path) -> Generator[None]:
     """Keep other processes out of the directory; the lock ends with the process, however it ends.
 
     Raises:
-        ConfigError: Another process has it.
+        ConfigError: Another process holds it.
+        WriteError: The directory cannot be written to.
     """
-    with (out / "lock").open("w") as file:
+    with explained(out):
+        file = open(out / "lock", "w", encoding="ascii", opener=private)  # noqa: SIM115 - closed below
+    with file:
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ConfigError(f"another process is working on {out}; wait for it, or take another directory") from error
+            raise ConfigError(f"another process is working on {out}; wait for it, or use another directory") from error
         yield
 
 
 def recorded_steps(path: Path) -> Iterator[Step]:
-    """The steps of a trace; none if there is no trace yet, or only a torn line."""
+    """The steps of a trace; none if the file does not exist yet or is empty."""
     return read_steps(path) if path.exists() and path.stat().st_size else iter(())
 
 
 class UnderWay:
-    """What is there of a run that has not ended; a small trace of its own.
+    """The state of one unfinished run, as a small trace of its own.
 
-    Of a one-step task each candidate as it came, as a step whose number is the candidate's index; of an agent, whose
-    steps are in the trace and whose state is in its checkpoints, the name of the run.
+    For a one-step task: each finished candidate, as a step whose number is the candidate's index. For an agent, whose
+    steps are in the trace and whose state is in its checkpoints: the name of the run.
     """
 
     def __init__(self, out: Path, unit: Unit) -> None:
         self._path = out / UNDER_WAY / f"{hashlib.blake2b(repr(unit).encode(), digest_size=12).hexdigest()}.jsonl"
 
     def steps(self) -> dict[int, Step]:
-        """By number."""
+        """The steps by number."""
         return {step.number: step for step in recorded_steps(self._path)}
 
     def writer(self) -> TraceWriter:
-        """Adds to it."""
+        """A writer that appends to it."""
         return TraceWriter(self._path)
 
     def forget(self) -> None:
-        """The run has ended, or begins again."""
+        """Delete it: the run has ended."""
         self._path.unlink(missing_ok=True)
 
 
 def steps_under_way(out: Path, units: Iterable[Unit]) -> dict[str, dict[int, Step]]:
-    """What the trace has of the agents' runs that have not ended: run → number → step."""
+    """The recorded steps of the agents' unfinished runs: run → number → step."""
     names = {step.run for unit in units for step in UnderWay(out, unit).steps().values()}
-    found: dict[str, dict[int, Step]] = {name: {} for name in names}
+    by_run: dict[str, dict[int, Step]] = {name: {} for name in names}
     for step in recorded_steps(out / TRACE) if names else ():
-        if step.run in found:
-            found[step.run][step.number] = step
-    return found
+        if step.run in by_run:
+            by_run[step.run][step.number] = step
+    return by_run
 
 
 @asynccontextmanager
 async def checkpoints(out: Path) -> AsyncGenerator[BaseCheckpointSaver[Any] | None]:
-    """Where agents keep their state; None where langgraph-checkpoint-sqlite is not installed."""
+    """Open the store of the agents' states; None if langgraph-checkpoint-sqlite is not installed."""
     try:
         from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver  # noqa: PLC0415 - part of the extra
     except ImportError as error:
-        _log.warning("agents that are killed begin again: pip install langgraph-checkpoint-sqlite (%s)", error)
+        _log.warning(
+            "interrupted agents will start over; to resume them, pip install langgraph-checkpoint-sqlite (%s)", error
+        )
         yield None
         return
+    with explained(out / CHECKPOINTS):
+        os.close(private(str(out / CHECKPOINTS), os.O_CREAT | os.O_WRONLY))  # SQLite's own files take over its mode
     async with AsyncSqliteSaver.from_conn_string(str(out / CHECKPOINTS)) as saver:
-        await saver.setup()
-        await saver.conn.execute("PRAGMA synchronous=NORMAL")  # a killed program loses nothing; only a power cut does
+        try:
+            await saver.setup()
+        except sqlite3.Error as error:
+            raise WriteError(f"{out / CHECKPOINTS} cannot be written: {error}", out / CHECKPOINTS) from error
+        await saver.conn.execute("PRAGMA synchronous=NORMAL")  # a killed process loses nothing, only a power cut does
         yield saver

@@ -1,8 +1,8 @@
-"""The table of an evaluation, as plain data that is saved as JSON."""
+"""The table of an evaluation: plain data that is saved as JSON, and the builder of its rows."""
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 
 from ec_agents.errors import ConfigError
 from ec_agents.evaluation.replay import Replay
+from ec_agents.evaluation.settings import ALWAYS, BASELINES
 from ec_agents.evaluation.stats import Estimate, Resampling, all_right, auroc, holm, paired_p
+from ec_agents.files import replace_text
+
+Floats = NDArray[np.float64]
+
+_BINS = 20
+_MARGIN_BINS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +41,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MarginBin:
-    """Steps with margins of about one size: how often their choice was right."""
+    """Accuracy of the steps with similar margins."""
 
     margin: float
     """Mean margin."""
@@ -43,15 +50,15 @@ class MarginBin:
     random: float
     """Expected share of right choices of a random sound candidate on the same steps."""
     count: int
-    """Steps."""
+    """Number of steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distribution:
-    """Histogram of the scores of right and of wrong candidates; high = better."""
+    """Histograms of the scores of right and wrong candidates; high = better."""
 
     edges: tuple[float, ...]
-    """One more than there are bins."""
+    """Edges of the bins, one more than there are bins."""
     right: tuple[int, ...]
     """Right candidates in each bin."""
     wrong: tuple[int, ...]
@@ -60,24 +67,24 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One way of choosing."""
+    """The results of one selector, or of another way of choosing."""
 
     selector: str
-    """Its name."""
+    """Name of the row."""
     accuracy: Estimate
     """Share of right choices; errors and failures count as not right."""
     pass_hat: Mapping[int, Estimate]
-    """k → chance that k trials of a task are all right."""
+    """pass^k: k → chance that k trials of a task are all right."""
     regret: Estimate | None = None
     """Oracle minus accuracy."""
     versus: Mapping[str, Difference] = field(default_factory=dict[str, Difference])
     """Baseline → difference."""
     auroc_within: Estimate | None = None
-    """How often a right candidate scores above a wrong one of the same step."""
+    """Share of pairs within a step in which the right candidate scores above the wrong one."""
     auroc: float | None = None
-    """The same over all candidates of all steps."""
+    """AUROC over all candidates of all steps."""
     margin_auroc: float | None = None
-    """How often a right choice has a larger margin than a wrong one."""
+    """AUROC of the margin: right choices against wrong ones."""
     margins: tuple[MarginBin, ...] = ()
     """Reliability of the margin, from small to large."""
     unscored: float | None = None
@@ -87,21 +94,21 @@ class Row:
     fallback: float | None = None
     """Share of steps with nothing to rank by."""
     agreement: float | None = None
-    """Share of steps in which the recorded choice is this one."""
+    """Share of steps in which the recorded choice is the same."""
     tokens: float | None = None
-    """Tokens a step or run, input and output; None where they are not reported."""
+    """Input and output tokens per step or run; None if they are not reported."""
     tokens_per_solved: float | None = None
-    """Tokens for each right outcome."""
+    """Tokens per right outcome."""
     cost_per_solved: float | None = None
-    """Price of them, in the currency of the prices."""
+    """Cost per right outcome, in the currency of the prices."""
     curve: Mapping[int, float] = field(default_factory=dict[int, float])
-    """n → expected accuracy if only n candidates had been drawn."""
+    """n → expected accuracy with only n candidates."""
     by_length: tuple[Estimate | None, ...] = ()
-    """Accuracy in the thirds of steps, or of tasks, with short, middling and long candidates or runs."""
+    """Accuracy in the thirds of the steps with short, medium and long candidates, or of the tasks by their runs."""
     scores: Distribution | None = None
     """Scores of right and wrong candidates."""
     note: str = ""
-    """What a reader must know about this row."""
+    """Remark that a reader of this row needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,32 +117,45 @@ class Evaluation:
 
     rows: tuple[Row, ...]
     n_tasks: int
-    """Problems; intervals and tests treat whatever belongs to one as one."""
+    """Problems; intervals and tests treat everything that belongs to one as dependent."""
     n_draws: int
     """Graded steps, or runs of each selector."""
     n_candidates: int
     """The largest N; 0 for whole runs."""
     n_failed: int
-    """Calls that failed, or runs that ended in an infrastructure error; they count as not right."""
+    """Failed calls, or runs that ended in an infrastructure error; they count as not right."""
     lengths: tuple[float, ...]
-    """Median tokens of a candidate, or mean output tokens of a task's runs, that separate ``by_length``."""
+    """Boundaries of ``by_length``: median tokens of a candidate, or mean output tokens of a task's runs."""
     level: float
     """Coverage of the intervals."""
     resamples: int
+    """Bootstrap resamples."""
     seed: int
     """Seed of resampling and subsets."""
     baselines: tuple[str, ...] = ()
     """Rows that the others are compared with."""
     n_restarted: int = 0
-    """Of whole runs: how often one was cut off, could not go on, and was begun again."""
+    """How often a whole run was interrupted, could not be resumed, and was started over."""
     n_repeated: int = 0
-    """Calls that were made again because of that, as far as the trace tells."""
+    """Calls that were repeated because of that, as far as the trace shows."""
+    notes: tuple[str, ...] = ()
+    """Warnings about the evaluation as a whole; each is a sentence."""
+
+    @property
+    def compared(self) -> list[str]:
+        """The baselines that at least one row is compared with."""
+        return [name for name in self.baselines if any(name in row.versus for row in self.rows)]
+
+    @property
+    def own(self) -> list[Row]:
+        """The rows of the user's selectors: all that are not in every table."""
+        return [row for row in self.rows if row.selector not in {*ALWAYS, *BASELINES}]
 
     def row(self, selector: str) -> Row:
-        """The row of a selector.
+        """Find the row of a selector.
 
         Raises:
-            ConfigError: There is none of that name.
+            ConfigError: No row has that name.
         """
         for row in self.rows:
             if row.selector == selector:
@@ -143,32 +163,30 @@ class Evaluation:
         raise ConfigError(f"no row is called {selector!r}; known: {', '.join(row.selector for row in self.rows)}")
 
     def save(self, path: str | Path) -> None:
-        """Write the table as JSON; ``load_evaluation`` reads it."""
-        Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))
+        """Write the table as JSON; ``load_evaluation`` reads it.
+
+        Raises:
+            WriteError: The file cannot be written.
+        """
+        replace_text(path, msgspec.json.format(msgspec.json.encode(self), indent=1).decode())
 
 
 def load_evaluation(path: str | Path) -> Evaluation:
-    """A saved evaluation.
+    """Read a saved evaluation.
 
     Raises:
-        ConfigError: The file is not one.
+        ConfigError: The file cannot be read, or is not a saved evaluation.
     """
     try:
         return msgspec.json.decode(Path(path).read_bytes(), type=Evaluation)
-    except msgspec.MsgspecError as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a saved evaluation: {error}") from error
 
 
-Floats = NDArray[np.float64]
-
-ALWAYS = ("avg@1", "random", "oracle")
-"""Rows of every table that are computed exactly and belong to no selector."""
-_BINS = 20
-_MARGIN_BINS = 5
-
-
-class Column:
-    """The replays of one way of choosing over all steps, as arrays."""
+class Replays:
+    """The replays of all steps under one strategy, as arrays; they become one row."""
 
     def __init__(self, name: str, replays: Sequence[Replay], note: str = "") -> None:
         self.name = name
@@ -178,16 +196,34 @@ class Column:
         self.tokens = np.array([replay.tokens for replay in replays]).reshape(-1, 2).sum(axis=0)
 
     def of(self, measure: Callable[[Replay], float]) -> Floats:
-        """A measure of each step."""
+        """One measure of every step, ``(G,)``."""
         return np.array([measure(replay) for replay in self.replays])
 
+    def joined(self, measure: Callable[[Replay], NDArray[Any]]) -> NDArray[Any]:
+        """One measure of every scored candidate of all steps."""
+        return np.concatenate([measure(replay) for replay in self.replays])
 
-class Table:
-    """What all rows of a table share."""
+
+class RowBuilder:
+    """Computes the rows of a table, which share tasks, resamples and baselines.
+
+    Args:
+        replays: The replays of every row.
+        tasks: ``(G,)``: the task of each step.
+        resampling: Bootstrap over these tasks.
+        rng: Random generator of the paired tests.
+        baselines: Rows that the others are compared with.
+        points: The n of each point of the curves.
+        lengths: ``(G,)``: tokens by which the steps are split into thirds.
+        prices: Price per million input and output tokens.
+
+    Raises:
+        ConfigError: No row has the name of a baseline.
+    """
 
     def __init__(
         self,
-        columns: Sequence[Column],
+        replays: Sequence[Replays],
         tasks: Sequence[str],
         resampling: Resampling,
         rng: np.random.Generator,
@@ -197,7 +233,7 @@ class Table:
         lengths: Floats | None = None,
         prices: tuple[float, float] | None = None,
     ) -> None:
-        self._outcomes = {column.name: column.right for column in columns}
+        self._outcomes = {one.name: one.right for one in replays}
         unknown = [name for name in baselines if name not in self._outcomes]
         if unknown:
             known = ", ".join(self._outcomes)
@@ -210,32 +246,32 @@ class Table:
         self._thirds = [] if lengths is None else _thirds(lengths)
         self._prices = prices
 
-    def row(self, column: Column) -> Row:
-        """Everything about one way of choosing."""
-        mean, right = self._resampling.mean, column.right
+    def row(self, replays: Replays) -> Row:
+        """Compute everything about one strategy."""
+        mean, right = self._resampling.mean, replays.right
         accuracy = self._resampling.share(right)
         if accuracy is None:
             raise AssertionError("outcomes are never NaN")
         return replace(
-            Row(selector=column.name, accuracy=accuracy, pass_hat=self._pass_hat(right), note=column.note),
+            Row(selector=replays.name, accuracy=accuracy, pass_hat=self._pass_hat(right), note=replays.note),
             regret=mean(self._outcomes["oracle"] - right) if "oracle" in self._outcomes else None,
-            versus=self._versus(column),
-            curve=_curve(column, self._points),
+            versus=self._versus(replays),
+            curve=_curve(replays, self._points),
             by_length=tuple(self._resampling.share(np.where(part, right, np.nan)) for part in self._thirds),
-            **_costs(column, self._prices),
-            **self._score_quality(column),
+            **_costs(replays, self._prices),
+            **self._score_quality(replays),
         )
 
-    def _versus(self, column: Column) -> dict[str, Difference]:
-        if column.name in ALWAYS:
+    def _versus(self, replays: Replays) -> dict[str, Difference]:
+        if replays.name in ALWAYS:
             return {}
-        found: dict[str, Difference] = {}
-        for baseline in takewhile(lambda name: name != column.name, self._baselines):
-            differences = column.right - self._outcomes[baseline]
+        versus: dict[str, Difference] = {}
+        for baseline in takewhile(lambda name: name != replays.name, self._baselines):
+            differences = replays.right - self._outcomes[baseline]
             p = paired_p(self._resampling.per_task(differences), self._rng)
             if (mean := self._resampling.mean(differences)) is not None:
-                found[baseline] = Difference(value=mean.value, low=mean.low, high=mean.high, p=p)
-        return found
+                versus[baseline] = Difference(value=mean.value, low=mean.low, high=mean.high, p=p)
+        return versus
 
     def _pass_hat(self, right: Floats) -> dict[int, Estimate]:
         trials: dict[str, list[float]] = defaultdict(list)
@@ -248,29 +284,30 @@ class Table:
         }
         return {k: estimate for k, estimate in estimates.items() if estimate is not None}
 
-    def _score_quality(self, column: Column) -> dict[str, Any]:
-        """What the scores themselves are worth; nothing where there are none."""
-        scores = np.concatenate([replay.scores for replay in column.replays])
+    def _score_quality(self, replays: Replays) -> dict[str, Any]:
+        """How well the scores separate right from wrong; empty without scores."""
+        scores = replays.joined(lambda replay: replay.scores)
         if not len(scores):
             return {}
-        labels = np.concatenate([replay.labels for replay in column.replays])
-        margins = column.of(lambda replay: replay.margin)
+        labels = replays.joined(lambda replay: replay.labels)
+        margins = replays.of(lambda replay: replay.margin)
         mean = self._resampling.mean
         return {
-            "auroc_within": mean(column.of(lambda replay: replay.auroc)),
+            "auroc_within": mean(replays.of(lambda replay: replay.auroc)),
             "auroc": _known(auroc(scores, labels)),
-            "margin_auroc": _known(auroc(margins, column.right > 0.5)),
-            "margins": _margin_bins(margins, column.right, self._outcomes.get("random", column.right)),
+            "margin_auroc": _known(auroc(margins, replays.right > 0.5)),
+            "margins": _margin_bins(margins, replays.right, self._outcomes.get("random", replays.right)),
             "unscored": float(np.isnan(scores).mean()),
-            "flawed": sum(replay.n_flawed for replay in column.replays) / len(scores),
-            "fallback": _value(mean(column.of(lambda replay: replay.is_fallback))),
-            "agreement": _value(mean(column.of(lambda replay: replay.agrees))),
+            "flawed": sum(replay.n_flawed for replay in replays.replays) / len(scores),
+            "fallback": _value(mean(replays.of(lambda replay: replay.is_fallback))),
+            "agreement": _value(mean(replays.of(lambda replay: replay.agrees))),
             "scores": _distribution(scores, labels),
         }
 
 
-def corrected(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """The rows with p-values corrected for all comparisons of the table."""
+def corrected(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """Correct the p-values of the rows for all comparisons of the table."""
+    rows = tuple(rows)
     places = [(i, name) for i, row in enumerate(rows) for name in row.versus]
     p_values = holm([rows[i].versus[name].p for i, name in places])
     corrected: dict[int, dict[str, Difference]] = defaultdict(dict)
@@ -279,28 +316,28 @@ def corrected(rows: Sequence[Row]) -> tuple[Row, ...]:
     return tuple(replace(row, versus=corrected.get(i, {})) for i, row in enumerate(rows))
 
 
-def _curve(column: Column, points: Sequence[int]) -> dict[int, float]:
+def _curve(replays: Replays, points: Sequence[int]) -> dict[int, float]:
     """Mean outcome at each n; a step with fewer candidates than n counts with all it has."""
-    curves = [replay.curve for replay in column.replays if replay.curve]
-    if len(curves) < len(column.replays):
+    curves = [replay.curve for replay in replays.replays if replay.curve]
+    if len(curves) < len(replays.replays):
         return {}
     return {n: float(np.mean([curve[min(i, len(curve) - 1)] for curve in curves])) for i, n in enumerate(points)}
 
 
-def _costs(column: Column, prices: tuple[float, float] | None) -> dict[str, Any]:
-    spent, solved = float(column.tokens.sum()), float(column.right.sum())
+def _costs(replays: Replays, prices: tuple[float, float] | None) -> dict[str, Any]:
+    spent, solved = float(replays.tokens.sum()), float(replays.right.sum())
     if not math.isfinite(spent):
         return {}
-    cost = None if prices is None else float(column.tokens @ np.array(prices)) / 1e6
+    cost = None if prices is None else float(replays.tokens @ np.array(prices)) / 1e6
     return {
-        "tokens": spent / len(column.right),
+        "tokens": spent / len(replays.right),
         "tokens_per_solved": spent / solved if solved else None,
         "cost_per_solved": cost / solved if cost is not None and solved else None,
     }
 
 
 def _margin_bins(margins: Floats, right: Floats, random: Floats) -> tuple[MarginBin, ...]:
-    """Equally many steps in each bin, from small margins to large ones."""
+    """Split the steps into bins of equal size, from small margins to large ones."""
     order = np.argsort(margins, kind="stable")[: int(np.isfinite(margins).sum())]
     return tuple(
         MarginBin(
@@ -329,13 +366,13 @@ def _distribution(scores: Floats, labels: NDArray[np.bool_]) -> Distribution | N
 
 
 def length_cuts(lengths: Floats) -> tuple[float, ...]:
-    """The two lengths that separate the thirds; none where no length is known."""
+    """The two lengths that separate the thirds; empty if no length is known."""
     known = lengths[np.isfinite(lengths)]
     return tuple(np.quantile(known, (1 / 3, 2 / 3)).tolist()) if len(known) else ()
 
 
 def _thirds(lengths: Floats) -> list[NDArray[np.bool_]]:
-    """Which steps have short, middling and long candidates."""
+    """Masks of the steps with short, medium and long candidates."""
     cuts = length_cuts(lengths)
     if not cuts:
         return []

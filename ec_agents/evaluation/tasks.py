@@ -1,66 +1,70 @@
-"""What is asked and what is right: tasks from a file or of the embedded families, and checkers."""
+"""Tasks, from a file or an embedded family, and the checkers that grade answers."""
 
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
+from itertools import islice
 from typing import Any, cast
 
 import msgspec
 
 from ec_agents.embedded.tasks import FAMILIES, Task, make_tasks
-from ec_agents.errors import ConfigError
+from ec_agents.errors import ConfigError, TraceError
+from ec_agents.jsonl import Records
 
 ToolCalls = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalTask:
-    """A problem to put to an agent."""
+    """A problem for an agent to solve."""
 
     id: str
-    """Its name; unique in an evaluation."""
+    """Name of the task; unique in an evaluation."""
     prompt: str
-    """What the agent is asked."""
+    """Prompt for the agent."""
     answer: str | None = None
     """The right answer, if it is a text to compare with."""
     info: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Whatever else the checker or the agent needs."""
+    """Anything else that the checker or the agent needs."""
 
 
 Checker = Callable[[EvalTask, str, ToolCalls], bool | Awaitable[bool]]
-"""Task, text of the answer and all tool calls made (``name``, ``args``) → whether it is right."""
+"""Takes the task, the text of the answer and all tool calls made (``name``, ``args``); returns whether it is right."""
 
 
 def read_tasks(source: str, *, limit: int | None = None, seed: int = 0) -> tuple[list[EvalTask], bool]:
-    """Tasks, and whether they are of an embedded family.
+    """Read tasks, and tell whether they belong to an embedded family.
 
     Args:
         source: Name of an embedded family (``solve``, ``play``, ``plain``), or a JSONL file with ``prompt`` and, where
             known, ``id`` and ``answer`` on each line.
-        limit: At most so many; of an embedded family 100 unless told.
-        seed: Which tasks of an embedded family.
+        limit: Most tasks to return; an embedded family has 100 by default.
+        seed: Selects the tasks of an embedded family.
 
     Raises:
-        ConfigError: The file cannot be read, a line is not a task, or two tasks have one id.
+        ConfigError: The file cannot be read, a line is not a task, or two tasks have the same id.
     """
     if source in FAMILIES:
         tasks = make_tasks(source, 100 if limit is None else limit, seed=seed)
         return [_embedded(task, f"{source}-{seed}-{i}") for i, task in enumerate(tasks)], True
-    try:
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        known = ", ".join(FAMILIES)
-        raise ConfigError(
-            f"tasks must be one of {known} or a JSONL file that can be read; {source!r}: {error}"
-        ) from error
-    tasks = [_task(line, f"{source}, line {i}", str(i)) for i, line in enumerate(lines, start=1) if line.strip()][
-        :limit
-    ]
+    tasks = list(islice(_tasks_of_file(source), limit))
     if not tasks or len({task.id for task in tasks}) < len(tasks):
         raise ConfigError(f"{source}: one or more tasks with different ids are needed; found {len(tasks)} tasks")
     return tasks, False
+
+
+def _tasks_of_file(source: str) -> Iterator[EvalTask]:
+    try:
+        with Records(source) as records:
+            for _, number, text in records.scan():
+                yield _task(bytes(text), f"{source}, line {number}", str(number))
+    except TraceError as error:
+        families = ", ".join(FAMILIES)
+        raise ConfigError(
+            f"tasks must be one of {families} or a readable JSONL file with one or more tasks: {error}"
+        ) from error
 
 
 def _embedded(task: Task, name: str) -> EvalTask:
@@ -69,12 +73,12 @@ def _embedded(task: Task, name: str) -> EvalTask:
 
 
 def embedded_task(task: EvalTask) -> Task:
-    """The task of an embedded family that an evaluation task stands for."""
+    """Convert an evaluation task back to the task of an embedded family."""
     info = task.info
     return Task(family=info["family"], prompt=task.prompt, numbers=tuple(info["numbers"]), goal=info["goal"])
 
 
-def _task(line: str, where: str, name: str) -> EvalTask:
+def _task(line: bytes, where: str, name: str) -> EvalTask:
     try:
         data = msgspec.json.decode(line, type=dict[str, Any])
         answer = data.pop("answer", None)
@@ -85,50 +89,54 @@ def _task(line: str, where: str, name: str) -> EvalTask:
             info=data,
         )
     except (KeyError, msgspec.MsgspecError) as error:
-        raise ConfigError(f"{where}: an object with a text 'prompt' is needed ({error}); found {line:.80}") from error
+        found = line[:80].decode(errors="replace").strip()
+        raise ConfigError(f"{where}: an object with a text 'prompt' is needed ({error}); found {found}") from error
 
 
 def check_embedded(task: EvalTask, text: str, tool_calls: ToolCalls) -> bool:
-    """The checker of the embedded families."""
+    """Check an answer to a task of an embedded family."""
     expressions = [str(call["args"].get("expression")) for call in tool_calls if call["name"] == "calc"]
     return embedded_task(task).check(text, expressions)
 
 
 def check_exact(task: EvalTask, text: str, tool_calls: ToolCalls) -> bool:  # noqa: ARG001 - the form of a checker
-    """Whether the text is the answer, but for case and spaces."""
+    """Whether the text equals the answer, ignoring case and spacing."""
     return _plain(text) == _plain(_answer(task))
 
 
 def check_math(task: EvalTask, text: str, tool_calls: ToolCalls) -> bool:  # noqa: ARG001 - the form of a checker
-    r"""Whether the last mathematical expression of the text, or what is in ``\boxed``, equals the answer.
+    r"""Whether the last mathematical expression of the text, or the content of ``\boxed``, equals the answer.
 
     Raises:
-        ConfigError: The task has no answer, or none that is mathematics; or the extra ``math`` is not installed.
+        ConfigError: The task has no answer, the answer is not mathematics, or the extra ``math`` is not installed.
     """
     parse, verify = _math_verify()
     gold = parse(f"${_answer(task)}$")
     if not gold:
-        raise ConfigError(f"task {task.id!r}: the answer {task.answer!r} is no mathematical expression")
+        raise ConfigError(f"task {task.id!r}: the answer {task.answer!r} is not a mathematical expression")
     return bool(verify(gold, parse(text)))
 
 
+CHECKERS: Mapping[str, Checker] = {"exact": check_exact, "math": check_math, "embedded": check_embedded}
+"""Built-in checkers by name."""
+
+
 def checker(name: str) -> Checker:
-    """A checker by name: ``exact``, ``math``, or ``module:function`` for one's own.
+    """Find a checker by name: one of ``CHECKERS``, or ``module:function`` for a custom one.
 
     Raises:
-        ConfigError: There is none of that name, or it needs an extra that is not installed.
+        ConfigError: No checker has that name, or it needs an extra that is not installed.
     """
     if name == "math":
         _math_verify()
-    known: dict[str, Checker] = {"exact": check_exact, "math": check_math, "embedded": check_embedded}
-    return known[name] if name in known else load(name, "--check")
+    return CHECKERS[name] if name in CHECKERS else load(name, "--check")
 
 
 def load(name: str, what: str) -> Any:
-    """What ``module:attribute`` names; modules of the current directory are found.
+    """Import ``module:attribute``, also from the current directory.
 
     Raises:
-        ConfigError: It is not of this form, or cannot be imported.
+        ConfigError: The name has another form, or cannot be imported.
     """
     module, _, attribute = name.partition(":")
     if not module or not attribute:
@@ -151,7 +159,7 @@ def _math_verify() -> tuple[Callable[[str], Any], Callable[[Any, Any], bool]]:
 
 def _answer(task: EvalTask) -> str:
     if task.answer is None:
-        raise ConfigError(f"task {task.id!r} has no 'answer' to compare with; add one, or give a checker of your own")
+        raise ConfigError(f"task {task.id!r} has no 'answer' to compare with; add one, or use a custom checker")
     return task.answer
 
 

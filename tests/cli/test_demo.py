@@ -72,7 +72,7 @@ def test_sign_test_is_exact(better: int, worse: int, p: float):
     ("first", "centroid", "said"),
     [
         ([False] * 8, [True] * 8, "the lowest centroid helps here"),
-        ([True] * 8, [False] * 8, "the lowest centroid does harm here"),
+        ([True] * 8, [False] * 8, "the lowest centroid hurts here"),
         ([True, False] * 4, [False, True] * 4, "these tasks do not show that the lowest centroid helps"),
         ([True] * 8, [True] * 8, "these tasks do not show that the lowest centroid helps"),
     ],
@@ -133,7 +133,9 @@ async def test_the_summary_counts_every_policy_on_every_family():
     assert [result.family for result in results] == ["play", "solve", "plain"]
     assert len(done) == 6
     for result in results:
-        assert {policy: len(outcomes) for policy, outcomes in result.right.items()} == dict.fromkeys(demo.POLICIES, 2)
+        assert {strategy: len(outcomes) for strategy, outcomes in result.right.items()} == dict.fromkeys(
+            demo.STRATEGIES, 2
+        )
         one_step = result.family != "play"
         assert not one_step or all(
             o or not f for f, o in zip(result.right["first"], result.right["oracle"], strict=True)

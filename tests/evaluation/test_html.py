@@ -161,7 +161,7 @@ def test_a_step_is_summed_up_in_words():
 def test_timings_are_summed_up_in_words():
     drawn = [replace(candidate(i, "a", [1.0]), seconds=seconds) for i, seconds in enumerate((0.5, None, 2.0))]
     assert timing(Step(run="a", candidates=drawn, seconds=2.125)) == (
-        "Drawing took 2.12 s, the slowest call 2 s, 2 calls together 2.5 s."
+        "Sampling took 2.12 s, the slowest call 2 s, 2 calls together 2.5 s."
     )
     assert timing(Step(run="a", candidates=drawn[:1])) == "The slowest call 0.5 s, 1 calls together 0.5 s."
     assert timing(Step(run="a", candidates=drawn[1:2])) == ""
@@ -174,10 +174,10 @@ def test_a_step_without_a_choice_or_a_candidate_is_shown_as_what_it_is(tmp_path:
     ]
     assert write_trace_report(iter(steps), tmp_path / "a.html") == 2
     text = (tmp_path / "a.html").read_text(encoding="utf-8")
-    assert "Replayed, the trace records no choice. Candidate 0" in text
+    assert "The trace records no choice; this one was replayed. Candidate 0" in text
     assert "No candidate: every call failed." in text
     assert write_trace_report([], tmp_path / "b.html") == 0
-    assert "The trace holds no step." in (tmp_path / "b.html").read_text(encoding="utf-8")
+    assert "The trace has no steps." in (tmp_path / "b.html").read_text(encoding="utf-8")
     with pytest.raises(ConfigError, match="phases must be"):
         write_trace_report([], tmp_path / "c.html", phases="long")
 
@@ -198,7 +198,7 @@ def test_an_evaluation_shows_table_curves_distributions_and_reliability(tmp_path
     write_evaluation_report(an_evaluation(), tmp_path / "a.html")
     text = (tmp_path / "a.html").read_text(encoding="utf-8")
     for heading in (
-        "Right, against the number",
+        "Accuracy against the number",
         "against tokens",
         "Scores of right and wrong",
         "Reliability of the margin",

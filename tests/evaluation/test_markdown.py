@@ -22,8 +22,8 @@ def test_every_row_is_in_every_table(tmp_path: Path):
     )
     write_markdown(found, tmp_path / "r.md", title="solve", command="ec-agents eval solve --out r")
     text = (tmp_path / "r.md").read_text()
-    assert text.startswith("# solve\n\n40 tasks, 40 draws of 6 candidates, 0 failed calls or runs")
-    assert "(50 draws, seed 3)" in text
+    assert text.startswith("# solve\n\n40 tasks, 40 steps of 6 candidates, 0 failed calls or runs")
+    assert "(50 resamples, seed 3)" in text
     assert "```console\n$ ec-agents eval solve --out r\n```" in text
     results, lengths, curves = tables(text)
     names = [row.selector.replace("|", "¦") for row in found.rows]
@@ -47,5 +47,5 @@ def test_differences_say_how_sure_they_are(tmp_path: Path):
     write_markdown(found, tmp_path / "r.md")
     text = (tmp_path / "r.md").read_text()
     assert "| good | 100.0 [88.4, 100.0] | **+100.0 [+100.0, +100.0]**, p < 0.001 |" in text
-    assert "60 runs were cut off and begun again; 240 recorded calls were made twice." in text
+    assert "60 interrupted runs were started over; 240 recorded calls were repeated." in text
     assert "## By" not in text

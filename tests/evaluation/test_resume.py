@@ -18,7 +18,8 @@ from ec_agents.embedded import EmbeddedChatModel
 from ec_agents.evaluation import run as run_eval
 from ec_agents.evaluation.factories import embedded_agent
 from ec_agents.evaluation.run import EvalRun
-from ec_agents.evaluation.store import CHECKPOINTS, TRACE, UNDER_WAY, EvalSettings, read_outcome_lines
+from ec_agents.evaluation.settings import EvalSettings
+from ec_agents.evaluation.store import CHECKPOINTS, TRACE, UNDER_WAY, read_outcome_lines
 from ec_agents.evaluation.table import Evaluation
 from ec_agents.evaluation.tasks import EvalTask, check_embedded, check_exact, read_tasks
 from ec_agents.scoring import CentroidScorer
@@ -77,7 +78,7 @@ def play(out: Path, dies_at: int) -> None:
         (AsyncSqliteSaver, "aput_writes"),
         (AsyncSqliteSaver, "adelete_thread"),
         (TraceWriter, "write"),
-        (run_eval, "write_outcome"),
+        (run_eval, "write_outcome_line"),
         (EmbeddedChatModel, "_agenerate"),
     ):
         event(owner, name)

@@ -21,8 +21,9 @@ from ec_agents.cli.main import main
 from ec_agents.embedded import make_tasks
 from ec_agents.errors import ConfigError, SamplingError
 from ec_agents.evaluation.factories import embedded_agent, embedded_model, seed_of
-from ec_agents.evaluation.run import ERRORS_IN_A_ROW, EvalRun, EvalSettings, Progress, usage
-from ec_agents.evaluation.store import OUTCOMES, SETTINGS, TRACE, Outcome, read_outcome_lines, write_outcome
+from ec_agents.evaluation.run import ERRORS_AT_FIRST, EvalRun, Progress, usage
+from ec_agents.evaluation.settings import EvalSettings
+from ec_agents.evaluation.store import OUTCOMES, SETTINGS, TRACE, OutcomeLine, read_outcome_lines, write_outcome_line
 from ec_agents.evaluation.table import load_evaluation
 from ec_agents.evaluation.tasks import EvalTask, check_embedded, check_exact, check_math, checker, read_tasks
 from ec_agents.scoring import CentroidScorer, FirstScorer
@@ -241,17 +242,31 @@ async def test_a_step_that_was_drawn_but_not_graded_is_graded_from_the_trace(tmp
     assert len({outcome.run for _, outcome in read_outcome_lines(tmp_path)}) == 3
 
 
-async def test_a_checker_that_fails_is_an_error_and_costs_no_new_calls(tmp_path: Path):
+async def test_a_checker_that_raises_costs_no_new_calls(tmp_path: Path):
+    """It is named as the culprit, also when it raises again on recorded answers, and a repaired one grades them."""
+
     def bad(*_: object) -> bool:
         raise KeyError("goal")
 
     asked: list[str] = []
-    await an_evaluation(tmp_path, answering("yes", "no", asked=asked), check=bad).run()
-    assert {outcome.error for _, outcome in read_outcome_lines(tmp_path)} == {"KeyError: 'goal'"}
+    message = "all 3 runs ended in an error, the first with: the checker raised KeyError: 'goal'.*correct the checker"
+    for factory in (answering("yes", "no", asked=asked), answering(asked=asked)):
+        with pytest.raises(ConfigError, match=message):
+            await an_evaluation(tmp_path, factory, check=bad).run()
+    assert {outcome.error for _, outcome in read_outcome_lines(tmp_path)} == {"the checker raised KeyError: 'goal'"}
     again = an_evaluation(tmp_path, answering(asked=asked))
     await again.run()
     assert len(asked) == 6
     assert again.evaluation(resamples=20).row("oracle").accuracy.value == 1.0
+
+
+async def test_a_checker_that_raises_once_is_one_error(tmp_path: Path):
+    def picky(task: EvalTask, text: str, tool_calls: object) -> bool:
+        return {"t0": True, "t2": True}[task.id]
+
+    run = an_evaluation(tmp_path, answering("yes", "no"), check=picky)
+    await run.run()
+    assert run.evaluation(resamples=20).row("avg@1").accuracy.value == pytest.approx(2 / 3)
 
 
 async def test_a_checker_may_be_asynchronous(tmp_path: Path):
@@ -287,9 +302,26 @@ async def test_error_after_error_ends_the_evaluation(tmp_path: Path):
         raise ConnectionError("no route")
 
     run = an_evaluation(tmp_path, factory, count=100)
-    with pytest.raises(SamplingError, match="20 runs in a row ended in an infrastructure error.*no route"):
+    with pytest.raises(SamplingError, match="5 runs in a row ended in an error, the first with: .*no route"):
         await run.run()
-    assert ERRORS_IN_A_ROW <= len(list(read_outcome_lines(tmp_path))) < ERRORS_IN_A_ROW + run.concurrency
+    assert ERRORS_AT_FIRST <= len(list(read_outcome_lines(tmp_path))) < ERRORS_AT_FIRST + run.concurrency
+    write_outcome_line(tmp_path, OutcomeLine(run="r", task="t99", trial=0, right={0: True}))
+    with pytest.raises(SamplingError, match="20 runs in a row ended in an error, the first with: .*no route"):
+        await an_evaluation(tmp_path, factory, count=100).run()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+async def test_an_evaluation_without_a_success_is_an_error(tmp_path: Path, count: int):
+    """However few the tasks are, a table of failures is not printed as if it were a result."""
+
+    def factory() -> Any:
+        async def answer(prompt: str) -> dict[str, Any]:
+            raise ConnectionError("no route")
+
+        return answer
+
+    with pytest.raises(SamplingError, match=f"all {count} runs ended in an error, the first with: .*no route"):
+        await an_evaluation(tmp_path, factory, count=count).run()
 
 
 async def test_other_settings_are_refused(tmp_path: Path):
@@ -361,10 +393,10 @@ def test_seeds_differ_and_repeat():
 
 
 def test_an_outcome_after_a_torn_line_is_whole(tmp_path: Path):
-    write_outcome(tmp_path, Outcome(run="a", task="t", trial=0, right={0: True}))
+    write_outcome_line(tmp_path, OutcomeLine(run="a", task="t", trial=0, right={0: True}))
     with (tmp_path / OUTCOMES).open("ab") as file:
         file.write(b'{"run": "b", "ta')
-    write_outcome(tmp_path, Outcome(run="c", task="t", trial=1, right=False))
+    write_outcome_line(tmp_path, OutcomeLine(run="c", task="t", trial=1, right=False))
     assert [outcome.run for _, outcome in read_outcome_lines(tmp_path)] == ["a", "c"]
 
 
@@ -384,7 +416,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(project: Path):
     printed = again.communicate(timeout=300)[0]
     assert again.returncode == 0, printed
     assert "24/24" in printed
-    assert "24 tasks, 24 draws, 0 failed" in printed
+    assert "24 tasks, 24 steps, 0 failed" in printed
     counts = Counter(outcome.task for _, outcome in read_outcome_lines(project / "run"))
     assert counts == dict.fromkeys((f"t{i}" for i in range(24)), 1)
     calls = Counter((project / "calls.txt").read_text().splitlines())
@@ -405,7 +437,9 @@ def test_the_command_evaluates_an_agent_and_a_trace(
         return capsys.readouterr().out
 
     options = ["--limit", "3", "--n", "2", "--trials", "2", "--out", "agent", "--check", "mine:always"]
-    assert "3 tasks, 6 draws, 0 failed calls or runs" in run("tasks.jsonl", "--agent", "mine:agent", *options)
+    assert "3 tasks, 6 runs of each selector, 0 failed calls or runs" in run(
+        "tasks.jsonl", "--agent", "mine:agent", *options
+    )
     rows = [{"run": step.run, "right": step.number == 0} for step in read_steps(project / "agent" / TRACE)]
     (project / "outcomes.jsonl").write_text("\n".join(map(json.dumps, rows)))
     replay = ["agent/trace.jsonl", "--outcomes", "outcomes.jsonl", "--out", "replay", "--prices", "1,2"]
@@ -428,8 +462,11 @@ def test_the_command_evaluates_an_agent_and_a_trace(
         (["solve", "--agent", "mine:nobody"], "ConfigError: --agent 'mine:nobody' cannot be loaded"),
         (["solve", "--selector", "centriod"], "ConfigError: no scorer is called 'centriod'"),
         (["solve", "--limit", "1", "--n", "1", "--prices", "1"], "ConfigError: --prices must be two numbers"),
-        (["play", "--tune", "a,b"], "ConfigError: --tune works on one-step tasks"),
-        (["tasks.jsonl", "--agent", "mine:broken", "--n", "1"], "SamplingError: 20 runs in a row ended in an infrastr"),
+        (["play", "--tune", "centroid,shortest"], "ConfigError: --tune needs one-step tasks"),
+        (
+            ["tasks.jsonl", "--agent", "mine:broken", "--n", "1"],
+            "SamplingError: 5 runs in a row ended in an error, the first with: SamplingError: 0 of 1 calls",
+        ),
     ],
 )
 def test_wrong_use_of_the_command_is_one_line(command: Callable[..., None], arguments: list[str], message: str):

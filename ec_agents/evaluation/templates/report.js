@@ -1,5 +1,5 @@
 "use strict";
-// Everything from the trace goes into text nodes; no markup is ever made from it.
+// Everything from the trace goes into text nodes, never into markup.
 function element(tag, name, text) {
   const made = document.createElement(tag);
   if (name) made.className = name;

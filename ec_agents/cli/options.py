@@ -1,0 +1,78 @@
+"""The options of ``ec-agents eval``: their names, defaults and help stand here, and only here."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from ec_agents.evaluation.settings import BASELINES, CONCURRENCY, EvalSettings
+from ec_agents.scoring import SCORERS
+
+_Options = TypeVar("_Options")
+
+SCORER_NAMES = ", ".join(SCORERS)
+_DEFAULTS = EvalSettings(tasks="", agent="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """The options of one evaluation."""
+
+    tasks: Annotated[
+        str, typer.Argument(help="solve, play or plain; a JSONL file of tasks; or, with --outcomes, a trace.")
+    ]
+    out: Annotated[Path, typer.Option(help="Directory of the evaluation; the same command again resumes it.")]
+    agent: Annotated[str | None, typer.Option(help="module:factory of a chat model or an agent.")] = None
+    check: Annotated[
+        str | None, typer.Option(help="Checker of the answers: exact, math, embedded, or module:function.")
+    ] = None
+    outcomes: Annotated[Path | None, typer.Option(help="CSV or JSONL file of outcomes, if TASKS is a trace.")] = None
+    n: Annotated[int, typer.Option(help="Candidates per step.", min=1)] = _DEFAULTS.n
+    trials: Annotated[int, typer.Option(help="Runs of each task.", min=1)] = 1
+    selector: Annotated[
+        list[str], typer.Option(help=f"Selector to evaluate, repeatable: all, or one of {SCORER_NAMES}.")
+    ] = field(default_factory=lambda: ["centroid"])
+    baseline: Annotated[
+        list[str], typer.Option(help="Selector to compare the others with, repeatable; names as for --selector.")
+    ] = field(default_factory=lambda: [*BASELINES])
+    tune: Annotated[
+        list[str], typer.Option(help="Selectors a,b,… of which the best is found by cross-fitting; repeatable.")
+    ] = field(default_factory=list[str])
+    prices: Annotated[
+        str | None, typer.Option(help="Price per million input and output tokens, for example 0.15,0.60.")
+    ] = None
+    limit: Annotated[int | None, typer.Option(help="Most tasks to use.", min=1)] = None
+    concurrency: Annotated[int, typer.Option(help="Concurrent runs.", min=1)] = CONCURRENCY
+    seed: Annotated[int, typer.Option(help="Seed of tasks, calls and resampling.")] = _DEFAULTS.seed
+    seed_calls: Annotated[
+        bool | None, typer.Option(help="Send each call a seed of its own; by default only to the embedded model.")
+    ] = None
+    top_logprobs: Annotated[
+        int, typer.Option(help="Alternatives per token to request; 0 requests no log-probabilities.", min=0)
+    ] = _DEFAULTS.top_logprobs or 0
+
+
+def command_of(kind: type[_Options], run: Callable[[_Options], None]) -> Callable[..., None]:
+    """Make a command function whose parameters are the fields of a dataclass of options.
+
+    Args:
+        kind: The dataclass.
+        run: Takes the options; its docstring becomes the help of the command.
+    """
+
+    def command(**given: Any) -> None:
+        run(kind(**given))
+
+    parameters = [_parameter(one) for one in fields(kind)]  # type: ignore[arg-type]
+    command.__doc__ = run.__doc__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return command
+
+
+def _parameter(one: Field[Any]) -> inspect.Parameter:
+    default = one.default if one.default_factory is MISSING else one.default_factory()
+    default = inspect.Parameter.empty if default is MISSING else default
+    return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=one.type)
