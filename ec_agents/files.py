@@ -5,7 +5,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from ec_agents.errors import WriteError
 
@@ -25,12 +25,13 @@ def replacing(path: str | Path, mode: str = "w") -> Generator[IO[Any]]:
     Raises:
         WriteError: The folder is missing or read-only, the disk is full, or ``path`` is a folder.
     """
-    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "replace", "newline": ""}
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "errors": "replace", "newline": ""}
     with explained(path):
         target = Path(path).resolve()
         if target.is_dir():
             raise IsADirectoryError(None, "it is a folder")
-        file: IO[Any] = NamedTemporaryFile(mode, dir=target.parent, prefix=".tmp-", delete=False, **text)  # noqa: SIM115 - closed before it is renamed
+        options: dict[str, Any] = {"dir": target.parent, "prefix": ".tmp-", "delete": False, **text}
+        file = cast("IO[Any]", NamedTemporaryFile(mode, **options))  # noqa: SIM115 - closed before it is renamed
     written = Path(file.name)
     try:
         with file:

@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from ec_agents.candidates import Candidate, Selection, Step
 from ec_agents.cli.terminal import one_line
@@ -54,7 +54,7 @@ def columns(names: Sequence[str]) -> list[str]:
     return [*LEADING, *names, *TRAILING]
 
 
-def write_rows(rows: Iterable[Row], names: Sequence[str], out: TextIO, form: str) -> int:
+def write_rows(rows: Iterable[Row], names: Sequence[str], out: IO[str], form: str) -> int:
     """Write the rows as they come: as a ``table`` for people, as ``csv`` or ``jsonl`` for programs.
 
     In CSV, a text that a spreadsheet would take for a formula begins with an apostrophe.
