@@ -7,6 +7,8 @@ EcAgentsError
 │   ├── UnsupportedLogprobs           this model or mode cannot return them; the message names the remedy
 │   ├── LogprobsMissing               the response carries none
 │   └── LogprobsMalformed             the payload is not what the provider documents
+│       └── ResponseTooLarge          the response exceeds a limit on its size, nesting or number of choices
+├── RedirectRefused                   the server redirects the request to another host
 ├── ServerError                       the server reported an error inside a successful response; .status_code
 ├── ActionError                       an answer, or a server, does not follow the JSON form of actions
 ├── SamplingError                     fewer than min_candidates succeeded; .failures holds each
@@ -59,6 +61,14 @@ class ServerError(EcAgentsError):
         super().__init__(message)
         self.status_code = status_code
         self.code = code
+
+
+class ResponseTooLarge(LogprobsMalformed):
+    """The response exceeds a limit on its size, its nesting or its number of choices."""
+
+
+class RedirectRefused(EcAgentsError):
+    """The server redirects the request, with the prompt and the key, to another host."""
 
 
 class ActionError(EcAgentsError):

@@ -1,6 +1,6 @@
-"""How bodies are read: few at a time, and with the log-probabilities of a choice packed as soon as it is there.
+"""How bodies are read: few at a time, with the log-probabilities of a choice packed as soon as it has arrived.
 
-Otherwise N answers that come together would be N whole bodies in memory, and so would one answer of N choices.
+Otherwise N responses that arrive together would be N whole bodies in memory, and so would one response of N choices.
 """
 
 import asyncio
@@ -8,36 +8,29 @@ import os
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, suppress
-from contextvars import Context
-from functools import cache, partial
+from contextlib import asynccontextmanager
+from functools import cache
 from io import BytesIO
 from typing import Any, TypeVar
-
-import openai
 
 from ec_agents.servers.completions import decode_response, pack_choice, pack_response
 
 LARGE_BODY = 1 << 20
-"""Bytes; larger texts are decoded in a thread, so that the event loop goes on."""
+"""Bytes; larger texts are decoded in a thread, so that the event loop continues."""
 SMALL_BODY = 1 << 15
-"""Bytes; what of a body is read before its turn, so that smaller ones wait for none."""
-PIECE = 1 << 19
-"""Bytes of a body that are taken from the connection at once, if so many have arrived."""
+"""Bytes of a body that are read before its turn, so that small bodies wait for none."""
 AT_ONCE = 4
 """Bodies that are read at the same time."""
 PATIENCE = 0.03
-"""Seconds for ``SMALL_BODY`` bytes; a body that is slower no longer keeps others waiting."""
+"""Seconds for ``SMALL_BODY`` bytes; a slower body no longer keeps others waiting."""
 
 Decoded = TypeVar("Decoded")
 
-_OF_THE_BODY = (b"content-encoding", b"content-length", b"transfer-encoding")
-"""Headers that are no longer true of a body that was read."""
 _FIRST_CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*(\{\s*"[^"\\]*"\s*:)')
 
 
-async def decoded(body: bytes, n: int = 1) -> dict[str, Any]:
-    """``decode_response``, without holding up the loop for long."""
+async def decode_off_loop(body: bytes, n: int = 1) -> dict[str, Any]:
+    """``decode_response``, in a thread if the body is large."""
     return await _off_loop(lambda text: decode_response(text, n), body)
 
 
@@ -49,7 +42,7 @@ async def _off_loop(decode: Callable[[bytes], Decoded], text: bytes) -> Decoded:
 
 @cache
 def _decoder() -> ThreadPoolExecutor:
-    """One thread: several would take the interpreter from the loop in turn."""
+    """One thread; several would take turns in holding the interpreter, and the loop would wait for all."""
     return ThreadPoolExecutor(1, "ec_agents-decode")
 
 
@@ -61,48 +54,28 @@ async def _packed(body: bytes, n: int = 1) -> bytes:
     return body if len(body) <= LARGE_BODY else await _off_loop(lambda text: pack_response(text, n), body)
 
 
-class Joining:
-    """Takes a body piece by piece."""
-
-    def __init__(self) -> None:
-        self._taken = BytesIO()
-
-    @property
-    def size(self) -> int:
-        """Bytes that were taken."""
-        return self._taken.tell()
-
-    async def feed(self, piece: bytes) -> None:
-        """Take the next piece."""
-        self._taken.write(piece)
-
-    async def body(self) -> bytes:
-        """All that was taken, packed if it is large."""
-        return await _packed(self._taken.getvalue())
-
-
 class Packing:
-    """Takes a body piece by piece, and replaces its choices by the same ones with packed log-probabilities.
+    """A body that arrives piece by piece; its choices are replaced by equal ones with packed log-probabilities.
 
-    ``decode_response`` makes the same of the result as of the body. A choice ends where the next one begins, with the
-    same bytes as the first. What is no choice, and the last one, stays as it came unless the body is large.
+    ``decode_response`` returns the same for the result as for the body. A choice ends where the next one begins, with
+    the same bytes as the first. Anything that is not a choice, and the last choice, stays as it is unless the body is
+    large.
     """
 
     def __init__(self) -> None:
-        self.size = 0
-        """Bytes that were taken."""
+        self._size = 0
         self._done: list[bytes] = []
         self._rest = bytearray()
         self._mark: bytes | None = None
-        """What choices begin with; once it is known, the rest begins with it."""
+        """The bytes that choices begin with; once known, the rest begins with them."""
         self._searched = 0
         self._in_vain = 0
-        """Bytes that were taken for the choice that comes next, and were none."""
+        """Bytes that were taken for the next choice and were not one."""
 
     async def feed(self, piece: bytes) -> None:
-        """Take the next piece."""
-        early = self.size < SMALL_BODY
-        self.size += len(piece)
+        """Take the next piece, and pack the choices that it completes."""
+        early = self._size < SMALL_BODY
+        self._size += len(piece)
         self._rest += piece
         if self._mark is None and early and (found := _FIRST_CHOICE.search(self._rest)):
             self._mark = found[1]
@@ -115,13 +88,13 @@ class Packing:
             await self._try_choice(end)
 
     async def body(self) -> bytes:
-        """All that was taken; this ends the packing."""
+        """The body; this ends the packing."""
         body = b"".join([*self._done, self._rest])
         self._done, self._rest = [], bytearray()
         return await _packed(body, n=2)
 
     async def _try_choice(self, end: int) -> None:
-        """Pack what lies before ``end``, if it is one whole choice."""
+        """Pack the bytes before ``end`` if they are exactly one choice."""
         self._searched = end + 1
         near = self._rest[max(0, end - 80) : end]
         kept = near.rstrip()
@@ -142,22 +115,22 @@ class Packing:
 
 
 class Turn:
-    """One of few that there are at once, until it is ended, by whoever has it or by what he waits for.
+    """A read slot, released by its holder or when the body arrives too slowly.
 
     Args:
-        end: What ends it.
-        patience: Seconds for which one may wait for ``SMALL_BODY`` bytes.
+        release: Frees the slot.
+        patience: Seconds that the holder may wait for ``SMALL_BODY`` bytes.
     """
 
-    def __init__(self, end: Callable[[], None], patience: float) -> None:
-        self._end: Callable[[], None] | None = end
+    def __init__(self, release: Callable[[], None], patience: float) -> None:
+        self._release: Callable[[], None] | None = release
         self._patience = self._left = patience
 
     def end(self) -> None:
-        """Let others have it; more than once does no harm."""
-        if self._end is not None:
-            self._end()
-        self._end = None
+        """Free the slot for others; calling it again does no harm."""
+        if self._release is not None:
+            self._release()
+        self._release = None
 
     async def wait(self, coming: Awaitable[bytes | None]) -> bytes | None:
         """Wait for the next bytes; the turn ends if they are too few for the time."""
@@ -174,15 +147,20 @@ class Turn:
 
 
 class Turns:
-    """Lets few bodies at a time be read, apart from those that are so slow in coming that others would lose by it."""
+    """Lets few bodies at a time be read, not counting those that arrive so slowly that others would lose by it.
 
-    def __init__(self, at_once: int, patience: float) -> None:
+    Args:
+        at_once: How many.
+        patience: Seconds that each may wait for ``SMALL_BODY`` bytes.
+    """
+
+    def __init__(self, at_once: int = AT_ONCE, patience: float = PATIENCE) -> None:
         self._free = asyncio.Semaphore(at_once)
         self._patience = patience
 
     @asynccontextmanager
     async def turn(self) -> AsyncGenerator[Turn]:
-        """Wait for a turn, and have it."""
+        """Wait for a turn, and hold it."""
         await self._free.acquire()
         turn = Turn(self._free.release, self._patience)
         try:
@@ -191,88 +169,44 @@ class Turns:
             turn.end()
 
 
-def async_http_client() -> Any:
-    """An HTTP client for bodies that are read whole, in turns if aiohttp is installed; otherwise the SDK's own."""
-    try:
-        client: Any = openai.DefaultAioHttpClient()
-    except RuntimeError:
-        return openai.DefaultAsyncHttpxClient()
-    turns = Turns(AT_ONCE, PATIENCE)
-    for transport in (client._transport, *client._mounts.values()):  # noqa: SLF001 - those mounted are for proxies
-        if transport is not None:
-            transport.client = partial(_session, transport)
-            transport.handle_async_request = partial(_handle, transport.handle_async_request, turns)
-    return client
+async def read_body(
+    pieces: AsyncGenerator[bytes],
+    turns: Turns,
+    *,
+    announced: int = 0,
+    several: bool = False,
+    on_turn: Callable[[], object] = lambda: None,
+) -> bytes:
+    """Read a body: small ones at once, large ones in turns and packed.
+
+    Args:
+        pieces: The body, decompressed.
+        turns: The turns of all bodies that may arrive together.
+        announced: Size in bytes that the response announced; 0 if it did not.
+        several: Whether the response may have several choices; each is packed when it is complete.
+        on_turn: Called when the body has its turn.
+    """
+    taken = Packing() if several else BytesIO()
+    size = 0
+    while announced <= SMALL_BODY and size <= SMALL_BODY:
+        piece = await anext(pieces, None)
+        if piece is None:
+            return await _body(taken)
+        size += len(piece)
+        await _feed(taken, piece)
+    async with turns.turn() as turn:
+        on_turn()
+        while (piece := await turn.wait(anext(pieces, None))) is not None:
+            await _feed(taken, piece)
+        return await _body(taken)
 
 
-def _session(transport: Any) -> Any:
-    """The session that the SDK's transport would make, but with connections of our own."""
-    import aiohttp  # noqa: PLC0415 - of the extra "fast"
-
-    class Connector(aiohttp.TCPConnector):
-        """Its connections take in little of a body before its turn, and keep no context.
-
-        A connection outlives the run that opened it, and would keep all that the run had in its context.
-        """
-
-        async def connect(self, *args: Any, **kwargs: Any) -> aiohttp.connector.Connection:
-            connection = await super().connect(*args, **kwargs)
-            _take(connection, SMALL_BODY)
-            return connection
-
-        async def _create_connection(self, *args: Any, **kwargs: Any) -> Any:
-            opening = asyncio.create_task(super()._create_connection(*args, **kwargs), context=Context())
-            try:
-                return await opening
-            except asyncio.CancelledError:
-                if opening.done() and not opening.cancelled() and not opening.exception():
-                    opening.result().close()  # it was open before the cancellation came, and nobody else knows it
-                raise
-
-        def _release(self, key: Any, protocol: Any, **kwargs: Any) -> None:
-            protocol.read_timeout = None  # or else aiohttp lets reads of an idle connection time out, and uses it again
-            protocol.start_timeout()
-            Context().run(super()._release, key, protocol, **kwargs)  # it sets a timer
-
-    limits = transport.limits
-    connector = Connector(
-        ssl=transport.ssl_context, limit=limits.max_connections or 0, keepalive_timeout=limits.keepalive_expiry
-    )
-    return aiohttp.ClientSession(connector=connector, read_bufsize=SMALL_BODY // 4)
+async def _feed(taken: Packing | BytesIO, piece: bytes) -> None:
+    if isinstance(taken, Packing):
+        await taken.feed(piece)
+    else:
+        taken.write(piece)
 
 
-def _take(connection: Any, size: int) -> None:
-    """Let asyncio take up to so many bytes from a connection at once; other loops have their own size."""
-    with suppress(AttributeError):
-        connection.transport.max_size = size
-
-
-async def _handle(send: Callable[[Any], Awaitable[Any]], turns: Turns, request: Any) -> Any:
-    """The response to a request as the SDK's transport gives it, but with the whole body, packed and decompressed."""
-    await request.aread()  # the body of a request that was redirected is not read yet
-    response = await send(request)
-    try:
-        several = b'"n":' in request.content  # if a message says so and not the request, it only costs time
-        body = await _body(response, turns, Packing() if several else Joining())
-    finally:
-        await response.aclose()
-    headers = [(name, value) for name, value in response.headers.raw if name.lower() not in _OF_THE_BODY]
-    return type(response)(response.status_code, headers=headers, content=body, extensions=response.extensions)
-
-
-async def _body(response: Any, turns: Turns, taken: Joining | Packing) -> bytes:
-    stream = response.stream
-    large = int(response.headers.get("content-length", 0)) > SMALL_BODY
-    if "content-encoding" not in response.headers:  # or else a piece may become many times as large
-        stream.CHUNK_SIZE = PIECE
-    async with aclosing(response.aiter_bytes()) as pieces:
-        while not large and taken.size <= SMALL_BODY:
-            piece = await anext(pieces, None)
-            if piece is None:
-                return await taken.body()
-            await taken.feed(piece)
-        async with turns.turn() as turn:
-            _take(stream._aiohttp_response.connection, PIECE)  # noqa: SLF001 - the SDK gives no other way to it
-            while (piece := await turn.wait(anext(pieces, None))) is not None:
-                await taken.feed(piece)
-            return await taken.body()
+async def _body(taken: Packing | BytesIO) -> bytes:
+    return await (taken.body() if isinstance(taken, Packing) else _packed(taken.getvalue()))

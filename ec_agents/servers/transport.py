@@ -2,8 +2,7 @@
 
 import asyncio
 import threading
-import weakref
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, field
@@ -15,8 +14,10 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 
 from ec_agents.errors import ConfigError
 from ec_agents.logprobs import packed_length
-from ec_agents.servers.body_reader import decoded
+from ec_agents.servers.body_reader import decode_off_loop
 from ec_agents.servers.completions import decode_response, split_usage
+from ec_agents.servers.http_clients import MAX_BODY_BYTES, ResponseLimits
+from ec_agents.servers.per_loop import PerLoop
 
 GATHERING = 0.002
 """Seconds for which equal calls are collected into one request."""
@@ -41,63 +42,6 @@ class Answer(NamedTuple):
     """The other fields of the response, which all its choices have in common."""
 
 
-class ClientPerLoop:
-    """One asynchronous client for each event loop, closed when the loop ends or nobody uses it any more.
-
-    Pooled connections belong to the loop that opened them, and fail in any other.
-
-    Args:
-        make: Makes a client.
-    """
-
-    def __init__(self, make: Callable[[], openai.AsyncOpenAI]) -> None:
-        self._make = make
-        self._clients: dict[asyncio.AbstractEventLoop, tuple[openai.AsyncOpenAI, weakref.finalize[..., Any]]] = {}
-
-    async def get(self) -> openai.AsyncOpenAI:
-        """The client of the running loop."""
-        loop = asyncio.get_running_loop()
-        if loop not in self._clients:
-            for ended in [other for other in self._clients if other.is_closed()]:
-                self._clients.pop(ended, None)
-            keeper = _keep(self._make(), loop, self._clients)
-            # An asynchronous generator is what a loop closes when it ends: asyncio.run calls shutdown_asyncgens.
-            client = await anext(keeper)
-            # The registry of finalizers keeps the client whole until it is closed; garbage could not be closed.
-            closing = weakref.finalize(self, _close_soon, loop, keeper)
-            closing.atexit = False
-            self._clients[loop] = client, closing
-        return self._clients[loop][0]
-
-
-def _close_soon(loop: asyncio.AbstractEventLoop, keeper: AsyncGenerator[Any]) -> None:
-    async def close() -> None:
-        await keeper.aclose()
-
-    def start() -> None:
-        task = loop.create_task(close())
-        _closing.add(task)
-        task.add_done_callback(_closing.discard)
-
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(start)
-
-
-_closing: set[asyncio.Task[None]] = set()
-
-
-async def _keep(
-    client: openai.AsyncOpenAI, loop: asyncio.AbstractEventLoop, clients: dict[Any, Any]
-) -> AsyncGenerator[openai.AsyncOpenAI]:
-    try:
-        yield client
-    finally:
-        _, closing = clients.pop(loop, (None, None))
-        if closing is not None:
-            closing.detach()
-        await client.close()
-
-
 @dataclass(slots=True)
 class _Batch:
     """Equal calls that become one request."""
@@ -116,7 +60,7 @@ class Transport:
         make_client: Makes the synchronous client.
     """
 
-    def __init__(self, clients: ClientPerLoop, make_client: Callable[[], openai.OpenAI]) -> None:
+    def __init__(self, clients: PerLoop[openai.AsyncOpenAI], make_client: Callable[[], openai.OpenAI]) -> None:
         self._clients = clients
         self._make_client = make_client
         self._client: openai.OpenAI | None = None
