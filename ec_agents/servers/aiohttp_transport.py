@@ -57,15 +57,17 @@ class AiohttpTransport:
     """
 
     def __init__(self, pool: Any) -> None:
-        proxy = getattr(pool, "_proxy_url", None)
+        set_to = vars(pool)  # nothing public has the settings
+        proxy = set_to.get("_proxy_url")
         self._proxy = None if proxy is None else bytes(proxy).decode()
-        self._proxy_headers = {name.decode(): value.decode() for name, value in getattr(pool, "_proxy_headers", ())}
+        self._proxy_headers = {name.decode(): value.decode() for name, value in set_to.get("_proxy_headers", ())}
+        most, expiry, address = set_to["_max_connections"], set_to["_keepalive_expiry"], set_to["_local_address"]
         self._connector = _Connector(
-            ssl=pool._ssl_context or True,
-            limit=0 if pool._max_connections == sys.maxsize else pool._max_connections,
-            keepalive_timeout=_A_DAY if pool._keepalive_expiry is None else pool._keepalive_expiry,
-            local_addr=(pool._local_address, 0) if pool._local_address else None,
-            socket_factory=_socket_factory(tuple(pool._socket_options or ())),
+            ssl=set_to["_ssl_context"] or True,
+            limit=0 if most == sys.maxsize else most,
+            keepalive_timeout=_A_DAY if expiry is None else expiry,
+            local_addr=(address, 0) if address else None,
+            socket_factory=_socket_factory(tuple(set_to["_socket_options"] or ())),
         )
         # The httpx client keeps the cookies, and knows of the proxies of the environment.
         self._session = aiohttp.ClientSession(
@@ -75,13 +77,14 @@ class AiohttpTransport:
     @staticmethod
     def takes_over(pool: Any) -> bool:
         """Whether aiohttp can do what the pool is set to do."""
-        proxy = getattr(pool, "_proxy_url", None)
+        set_to = vars(pool)
+        proxy = set_to.get("_proxy_url")
         return (
             type(pool).__name__ in ("AsyncConnectionPool", "AsyncHTTPProxy")
-            and getattr(pool, "_proxy", None) is None
+            and set_to.get("_proxy") is None
             and (proxy is None or proxy.scheme == b"http")
-            and pool._http1
-            and not (pool._http2 or pool._retries or pool._uds)
+            and set_to["_http1"]
+            and not (set_to["_http2"] or set_to["_retries"] or set_to["_uds"])
         )
 
     async def handle_async_request(self, request: Any) -> Any:

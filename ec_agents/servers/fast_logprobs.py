@@ -1,4 +1,4 @@
-"""The decoder of the fast path under ``ChatOpenAI`` of langchain-openai."""
+"""The decoder of the fast path under ``ChatOpenAI`` of langchain-openai, and its connections for each event loop."""
 
 from types import MethodType, NoneType
 from typing import Any, TypeVar, cast
@@ -11,30 +11,43 @@ from openai.resources.chat import AsyncCompletions, Completions
 from openai.types.chat import ChatCompletion, ParsedChatCompletion
 from pydantic import ValidationError
 
-from ec_agents.servers.body_reader import async_http_client, decoded
+from ec_agents.servers.body_reader import decode_off_loop
 from ec_agents.servers.completions import decode_response
-from ec_agents.servers.transport import PARAMETERS, ClientPerLoop, post_arguments
+from ec_agents.servers.http_clients import (
+    MAX_BODY_BYTES,
+    ResponseLimits,
+    is_per_loop,
+    per_loop,
+    with_whole_responses,
+)
+from ec_agents.servers.transport import PARAMETERS, post_arguments
 
 
-def fast_logprobs(model: Any) -> Any:
+def fast_logprobs(model: Any, *, max_body_bytes: int = MAX_BODY_BYTES) -> Any:
     """The same ``ChatOpenAI`` of langchain-openai, with responses decoded like those of ``OpenAIChatModel``.
 
-    Requests, retries, headers and callbacks stay as they are; only the pool of connections is another, so that the
-    object may be used in one event loop after the other. Streams, the Responses API and structured output by a pydantic
-    class go the ordinary way, and so does every model that is not recognised: it is returned unchanged.
+    Requests, timeouts, retries, headers, callbacks and everything set on the HTTP clients stay as they are; only the
+    asynchronous connections are different, so that the object may be used in one event loop after another. Streams, the
+    Responses API and structured output by a pydantic class take the ordinary path, and a model that is not recognised
+    is returned unchanged.
 
     Args:
         model: A chat model, or one with ``.bind(…)``.
+        max_body_bytes: Largest response in bytes, decompressed; a larger one is a ``ResponseTooLarge``.
+
+    Raises:
+        ConfigError: ``max_body_bytes`` is below 1.
     """
     if isinstance(model, RunnableBinding):
         binding = cast("RunnableBinding[Any, Any]", model)
-        return binding.model_copy(update={"bound": fast_logprobs(binding.bound)})
+        return binding.model_copy(update={"bound": fast_logprobs(binding.bound, max_body_bytes=max_body_bytes)})
     if not isinstance(model, BaseChatModel):
         return model
-    clients = _own_clients(model)
-    parts = {name: _fast_part(getattr(model, name, None), clients) for name in _PARTS}
+    limits = ResponseLimits(max_body_bytes=max_body_bytes, whole_request=False)
+    safe = loop_safe(model)
+    parts = {name: _fast_part(getattr(safe, name, None), limits) for name in _PARTS}
     replaced = {name: part for name, part in parts.items() if part is not None}
-    return model.model_copy(update=replaced) if replaced else model
+    return safe.model_copy(update=replaced) if replaced else model
 
 
 _PARTS = ("client", "async_client", "root_client", "root_async_client")
@@ -42,20 +55,13 @@ _FIELDS = PARAMETERS | {"stream"}
 _JSON = (str, int, float, dict, list, tuple, NoneType)
 
 
-def _own_clients(model: Any) -> ClientPerLoop | None:
-    """Clients like that of a ``ChatOpenAI``, one a loop; None where the user has chosen the connections."""
-    root = getattr(model, "root_async_client", None)
-    if not isinstance(root, openai.AsyncOpenAI) or getattr(model, "http_async_client", None) is not None:
-        return None
-    return ClientPerLoop(lambda: root.copy(http_client=async_http_client()))
-
-
-def _fast_part(part: Any, clients: ClientPerLoop | None) -> Any:
+def _fast_part(part: Any, limits: ResponseLimits) -> Any:
     """What to put in place of one of the clients of a ``ChatOpenAI``; None where it is not what is expected."""
     if isinstance(part, Completions | AsyncCompletions):
-        return _Replaced(part, with_raw_response=_FastCompletions(part, clients))
+        client = with_whole_responses(part._client, limits)  # noqa: SLF001 - the SDK has no public way to it
+        return _Replaced(part, with_raw_response=_FastCompletions(part, client.chat.completions))
     if isinstance(part, openai.OpenAI | openai.AsyncOpenAI):
-        completions = _fast_part(part.chat.completions, clients)
+        completions = _fast_part(part.chat.completions, limits)
         return _Replaced(part, chat=_Replaced(part.chat, completions=completions))
     return None
 
@@ -73,11 +79,16 @@ class _Replaced:
 
 
 class _FastCompletions:
-    """Stands for ``completions.with_raw_response``."""
+    """Stands for ``completions.with_raw_response``.
 
-    def __init__(self, completions: Completions | AsyncCompletions, clients: ClientPerLoop | None) -> None:
-        self._real: Any = completions
-        self._clients = clients
+    Args:
+        real: What it stands for.
+        whole: The same, with a client that reads whole responses.
+    """
+
+    def __init__(self, real: Completions | AsyncCompletions, whole: Completions | AsyncCompletions) -> None:
+        self._real: Any = real
+        self._whole: Any = whole
 
     def create(self, **payload: Any) -> Any:
         """The response to a request, or an awaitable of it."""
@@ -93,13 +104,12 @@ class _FastCompletions:
     def _send(self, payload: dict[str, Any], kind: Any) -> Any:
         if isinstance(self._real, AsyncCompletions):
             return self._send_async(payload, kind)
-        raw = _raw_response(self._real, payload)
+        raw = _raw_response(self._whole, payload)
         return _FastResponse(raw.headers, _typed(kind, decode_response(raw.content, payload.get("n") or 1)))
 
     async def _send_async(self, payload: dict[str, Any], kind: Any) -> "_FastResponse":
-        completions: Any = self._real if self._clients is None else (await self._clients.get()).chat.completions
-        raw = await _raw_response(completions, payload)
-        return _FastResponse(raw.headers, _typed(kind, await decoded(raw.content, payload.get("n") or 1)))
+        raw = await _raw_response(self._whole, payload)
+        return _FastResponse(raw.headers, _typed(kind, await decode_off_loop(raw.content, payload.get("n") or 1)))
 
 
 def _raw_response(completions: Any, payload: dict[str, Any]) -> Any:
@@ -146,27 +156,16 @@ _Model = TypeVar("_Model", bound=BaseChatModel)
 
 
 def loop_safe(model: _Model) -> _Model:
-    """The model with connections of its own in each event loop.
+    """The model with its own connections in each event loop, and everything that is set on its HTTP client.
 
-    Models that are no ``ChatOpenAI``, or have an HTTP client of the user's, stay as they are.
+    Models other than ``ChatOpenAI``, and those with an HTTP client of the user's, stay as they are.
     """
-    part: Any = getattr(model, "async_client", None)
-    real = getattr(part, "_real", part)  # what fast_logprobs put its own in front of
-    custom = getattr(model, "http_async_client", None)
-    if custom is not None or not isinstance(real, AsyncCompletions) or isinstance(real, _CompletionsPerLoop):
+    root: Any = getattr(model, "root_async_client", None)
+    # The client of a proxy is made by langchain-openai, which refuses one of the user's beside it.
+    custom = getattr(model, "http_async_client", None) is not None and not getattr(model, "openai_proxy", None)
+    if custom or not isinstance(root, openai.AsyncOpenAI) or is_per_loop(root):
         return model
-    safe = model.model_copy(update={"async_client": _CompletionsPerLoop(real)})
-    return safe if real is part else fast_logprobs(safe)
-
-
-class _CompletionsPerLoop(AsyncCompletions):
-    """The SDK's ``chat.completions``, sent through the client of the running loop."""
-
-    def __init__(self, real: AsyncCompletions) -> None:
-        super().__init__(real._client)  # noqa: SLF001 - the SDK has no public way from a resource to its client
-        self._clients = ClientPerLoop(lambda: self._client.with_options(http_client=openai.DefaultAsyncHttpxClient()))
-
-    async def create(self, **payload: Any) -> Any:
-        """As the SDK's."""
-        client: Any = await self._clients.get()
-        return await client.chat.completions.create(**payload)
+    safe = per_loop(root)
+    if safe is None:
+        return model
+    return model.model_copy(update={"root_async_client": safe, "async_client": safe.chat.completions})

@@ -10,10 +10,11 @@ import copy
 import math
 import sys
 import time
+import weakref
 import zlib
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from dataclasses import dataclass
 from itertools import chain
 from types import ModuleType
@@ -35,7 +36,7 @@ _MOST_CODINGS = 5
 _BODY_HEADERS = (b"content-encoding", b"content-length", b"transfer-encoding")
 """Headers that are no longer true of a body that was read."""
 _NO_CREDIT = b"insufficient_quota"
-_DEADLINE = "ec_agents_deadline"
+_GIVE_UP_AT = "ec_agents_give_up_at"
 """Extension of a request: monotonic time at which it is given up, redirects included."""
 
 
@@ -69,12 +70,14 @@ class ResponseLimits:
                 "max_body_bytes"
             )
 
-    def seconds_left(self, request: Any) -> float | None:
-        """Seconds until the request is given up; None without a limit."""
-        seconds = request.extensions.get("timeout", {}).get("read")
-        if seconds is None or not self.whole_request:
-            return None
-        return request.extensions.setdefault(_DEADLINE, time.monotonic() + seconds) - time.monotonic()
+    def start_clock(self, request: Any) -> float:
+        """Monotonic time at which the request is given up; the limits of single reads become limits of it all."""
+        timeouts = request.extensions.get("timeout", {})
+        seconds = timeouts.get("read")
+        if self.whole_request and seconds is not None:
+            request.extensions[_GIVE_UP_AT] = time.monotonic() + seconds
+            request.extensions["timeout"] = {"connect": timeouts.get("connect")}  # each of them costs a timer
+        return request.extensions.get(_GIVE_UP_AT, math.inf)  # a redirected request has the time that is left
 
     def check_redirect(self, request: Any, response: Any) -> None:
         """Raise ``RedirectRefused`` if the response sends the request to another host that is not allowed."""
@@ -131,10 +134,13 @@ class _WholeResponses(httpx.AsyncBaseTransport):  # pyright: ignore[reportUntype
         """The response with its whole body, decompressed."""
         await request.aread()  # the body of a request that was redirected is not read yet
         request.headers["accept-encoding"] = "gzip"
-        seconds = self._limits.seconds_left(request)
-        limit = asyncio.timeout(seconds)
+        left = self._limits.start_clock(request) - time.monotonic()
+        limit = asyncio.timeout(None)
         try:
             async with limit:
+                if not math.isinf(left):
+                    # The loop keeps a timer that was cancelled, and the timer keeps its context: an empty one.
+                    Context().run(limit.reschedule, asyncio.get_running_loop().time() + left)
                 return await self._receive(request)
         except TimeoutError as error:
             if limit.expired():
@@ -181,24 +187,24 @@ class _WholeResponsesBlocking(httpx.BaseTransport):  # pyright: ignore[reportUnt
     Args:
         inner: Sends the requests; its socket reads are limited too.
         limits: What a response may cost.
-        shared: Whether somebody else closes ``inner``.
+        shared: Whether somebody else closes ``inner``; otherwise it is closed with this object.
     """
 
     def __init__(self, inner: Any, limits: ResponseLimits, *, shared: bool = False) -> None:
         self._inner = inner
         self._limits = limits
-        self._shared = shared
+        if not shared:
+            weakref.finalize(self, inner.close)
 
     def handle_request(self, request: Any) -> Any:
         """The response with its whole body, decompressed."""
         request.read()
         request.headers["accept-encoding"] = "gzip"
-        seconds = self._limits.seconds_left(request)
-        token = _GIVE_UP_AT.set(math.inf if seconds is None else time.monotonic() + seconds)
+        token = _DEADLINE.set(self._limits.start_clock(request))
         try:
             return self._receive(request)
         finally:
-            _GIVE_UP_AT.reset(token)
+            _DEADLINE.reset(token)
 
     def _receive(self, request: Any) -> Any:
         response = self._inner.handle_request(request)
@@ -213,11 +219,6 @@ class _WholeResponsesBlocking(httpx.BaseTransport):  # pyright: ignore[reportUnt
         finally:
             response.close()
         return _whole(response, b"".join(pieces))
-
-    def close(self) -> None:
-        """Close all connections, unless they are another's."""
-        if not self._shared:
-            self._inner.close()
 
 
 def _announced(response: Any) -> int:
@@ -281,7 +282,7 @@ def _inflate(stage: Any, pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 # A limit for every read of a socket
 
-_GIVE_UP_AT: ContextVar[float] = ContextVar("ec_agents_give_up_at", default=math.inf)
+_DEADLINE: ContextVar[float] = ContextVar("ec_agents_deadline", default=math.inf)
 """Monotonic time at which the synchronous request of this thread is given up."""
 
 
@@ -332,13 +333,14 @@ class _LimitedStream:
 
 def _time_left(timeout: float | None, expired: type[Exception]) -> float | None:
     """The timeout, or the time that the request has left if that is less."""
-    left = _GIVE_UP_AT.get() - time.monotonic()
+    left = _DEADLINE.get() - time.monotonic()
     if left <= 0:
         raise expired("the response was not complete within the timeout")
     return timeout if math.isinf(left) else min(left, math.inf if timeout is None else timeout)
 
 
 # Copies of clients
+
 
 def async_http_client(limits: ResponseLimits) -> Any:
     """An asynchronous client with the SDK's defaults for one event loop, which reads whole responses."""

@@ -27,10 +27,11 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, model
 
 from ec_agents.errors import ConfigError
 from ec_agents.messages import OneChunkModel
-from ec_agents.servers.body_reader import async_http_client
+from ec_agents.servers.http_clients import MAX_BODY_BYTES, ResponseLimits, async_http_client, http_client
+from ec_agents.servers.per_loop import PerLoop
 from ec_agents.servers.providers import Endpoint, capabilities, provider_of, provider_of_client
 from ec_agents.servers.redaction import HIDDEN, client_keys, hide_secrets
-from ec_agents.servers.transport import Answer, ClientPerLoop, Transport
+from ec_agents.servers.transport import Answer, Transport
 from ec_agents.servers.wire_messages import choice_message, wire_messages
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
@@ -76,7 +77,13 @@ class OpenAIChatModel(OneChunkModel):
     default_headers: Mapping[str, SecretStr] | None = None
     """Sent with every request."""
     timeout: float | None = None
-    """Seconds that one request may take; by default the SDK's 600."""
+    """Seconds that one request may take, from the wait for a connection to the last byte; by default what the SDK
+    allows, 600. A retry is another request. Clients that you make yourself keep their own time limits."""
+    max_body_bytes: int = MAX_BODY_BYTES
+    """Largest response in bytes, decompressed; a larger one is a ``ResponseTooLarge``."""
+    redirect_hosts: frozenset[str] = frozenset()
+    """Other hosts, with their ports if these are not the usual ones, that the server may redirect a request to, with
+    the prompt and the key; a redirect to any other host is a ``RedirectRefused``."""
     max_retries: int = 2
     """How often the SDK sends a failed request again."""
     temperature: float | None = None
@@ -116,6 +123,7 @@ class OpenAIChatModel(OneChunkModel):
     """Makes the SDK's client for synchronous calls."""
 
     _transport: Transport = PrivateAttr()
+    _limits: ResponseLimits = PrivateAttr()
 
     _provider: str = PrivateAttr()
     _client_keys: dict[str, dict[str, Any]] = PrivateAttr()
@@ -151,8 +159,11 @@ class OpenAIChatModel(OneChunkModel):
         self.base_url = self.base_url or next(iter(urls), default)
         self._provider = next((client.provider for client in own), "") or provider_of(self.base_url)
         self._client_keys = {str(number): client.keys for number, client in enumerate(own)}
-        clients = ClientPerLoop(make_async or (self._make_async_client if built else _needs_async))
-        self._transport = Transport(clients, make or (self._make_client if built else _needs_sync))
+        self._limits = ResponseLimits(max_body_bytes=self.max_body_bytes, redirect_hosts=self.redirect_hosts)
+        make_async = make_async or (self._make_async_client if built else _needs_async)
+        clients = PerLoop[openai.AsyncOpenAI](make_async, lambda client: client.close())
+        make = make or (self._make_client if built else _needs_sync)
+        self._transport = Transport(clients, make, max_body_bytes=self.max_body_bytes)
 
     @property
     def model(self) -> str:
@@ -336,10 +347,10 @@ class OpenAIChatModel(OneChunkModel):
         return {**known[0], "token_usage": usage} if known else {}
 
     def _make_async_client(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(**self._client_options(), http_client=async_http_client())
+        return openai.AsyncOpenAI(**self._client_options(), http_client=async_http_client(self._limits))
 
     def _make_client(self) -> openai.OpenAI:
-        return openai.OpenAI(**self._client_options())
+        return openai.OpenAI(**self._client_options(), http_client=http_client(self._limits))
 
     def _client_options(self) -> dict[str, Any]:
         local = self.base_url != DEFAULT_BASE_URL and "OPENAI_API_KEY" not in os.environ

@@ -58,11 +58,19 @@ class Transport:
     Args:
         clients: Asynchronous clients.
         make_client: Makes the synchronous client.
+        max_body_bytes: Largest response in bytes; clients that the user made do not check it themselves.
     """
 
-    def __init__(self, clients: PerLoop[openai.AsyncOpenAI], make_client: Callable[[], openai.OpenAI]) -> None:
+    def __init__(
+        self,
+        clients: PerLoop[openai.AsyncOpenAI],
+        make_client: Callable[[], openai.OpenAI],
+        *,
+        max_body_bytes: int = MAX_BODY_BYTES,
+    ) -> None:
         self._clients = clients
         self._make_client = make_client
+        self._limits = ResponseLimits(max_body_bytes=max_body_bytes)
         self._client: openai.OpenAI | None = None
         self._lock = threading.Lock()
         self._open: dict[Any, _Batch] = {}
@@ -95,12 +103,16 @@ class Transport:
 
     async def _fetch(self, payload: Payload, n: int) -> list[Answer]:
         client = await self._clients.get()
-        return _answers(await decoded(await client.post(**_asking(payload, n)), n), n)
+        body = await client.post(**_asking(payload, n))
+        self._limits.check_size(len(body))
+        return _answers(await decode_off_loop(body, n), n)
 
     def _fetch_blocking(self, payload: Payload, n: int) -> list[Answer]:
         with self._lock:
             self._client = client = self._client or self._make_client()
-        return _answers(decode_response(client.post(**_asking(payload, n)), n), n)
+        body = client.post(**_asking(payload, n))
+        self._limits.check_size(len(body))
+        return _answers(decode_response(body, n), n)
 
     async def _share(self, payload: Payload, n_max: int) -> Answer | None:
         """A choice of the request that all equal calls share; None if it returned too few."""

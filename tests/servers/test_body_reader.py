@@ -22,18 +22,10 @@ from aiohttp import web
 from hypothesis import given, settings, strategies as st
 
 from ec_agents.errors import LogprobsMalformed, ServerError
-from ec_agents.servers import body_reader
-from ec_agents.servers.body_reader import (
-    AT_ONCE,
-    LARGE_BODY,
-    PIECE,
-    SMALL_BODY,
-    Packing,
-    Turns,
-    async_http_client,
-    decoded,
-)
+from ec_agents.servers import body_reader, http_clients
+from ec_agents.servers.body_reader import AT_ONCE, LARGE_BODY, SMALL_BODY, Packing, Turns, decode_off_loop
 from ec_agents.servers.completions import decode_response, pack_response
+from ec_agents.servers.http_clients import ResponseLimits
 from ec_agents.servers.openai_chat_model import OpenAIChatModel
 from ec_agents.testing import Fault, FaultServer, Reply, profile_logprobs
 
@@ -261,21 +253,14 @@ def asked_of(http: Any, server: FaultServer) -> Any:
     return http.build_request("POST", f"{server.base_url}/chat/completions", json=asked)
 
 
-async def test_the_sdk_has_what_is_relied_on():
-    http: Any = openai.DefaultAioHttpClient()
-    with FaultServer(faults=[padded(LARGE_BODY)]) as server:
-        response = await http._transport.handle_async_request(asked_of(http, server))
-        assert response.stream.CHUNK_SIZE < PIECE
-        assert response.stream._aiohttp_response.connection.transport.max_size > SMALL_BODY
-        assert {"limits", "ssl_context", "client"} <= vars(http._transport).keys()
-        await response.aclose()
-        await http.aclose()
+def http_client() -> Any:
+    return http_clients.async_http_client(ResponseLimits())
 
 
 @pytest.mark.parametrize("size", [1, SMALL_BODY, LARGE_BODY, 20 * LARGE_BODY])
 async def test_bodies_come_whole_and_large_ones_packed(size: int):
     with FaultServer(faults=[padded(size)]) as server:
-        async with async_http_client() as http:
+        async with http_client() as http:
             response = await http.send(asked_of(http, server))
     assert "packed" in decode_response(response.content)["choices"][0]["logprobs"]
     assert (len(response.content) < 2000) if size > LARGE_BODY else (len(response.content.ljust(size)) >= size)
@@ -283,24 +268,22 @@ async def test_bodies_come_whole_and_large_ones_packed(size: int):
 
 
 async def test_a_connection_takes_in_little_of_a_body_before_its_turn(monkeypatch: pytest.MonkeyPatch):
-    given: list[Any] = []
-    real: Any = body_reader._body
+    taken_in: list[int] = []
+    real: Any = http_clients.read_body
 
-    async def noting(response: Any, turns: Turns, taken: Any) -> bytes:
-        given.append(response)
+    async def waiting(pieces: Any, turns: Turns, *, on_turn: Any, **options: Any) -> bytes:
         for _ in range(AT_ONCE):
             await turns._free.acquire()
-        asyncio.get_running_loop().call_later(0.2, measure, response, turns)
-        return await real(response, turns, taken)
+        content = on_turn.__self__._response.content
+        asyncio.get_running_loop().call_later(
+            0.2, lambda: (taken_in.append(content.total_bytes), turns._free.release())
+        )
+        return await real(pieces, turns, on_turn=on_turn, **options)
 
-    def measure(response: Any, turns: Turns) -> None:
-        given.append(response.stream._aiohttp_response.content.total_bytes)
-        turns._free.release()
-
-    monkeypatch.setattr(body_reader, "_body", noting)
+    monkeypatch.setattr(http_clients, "read_body", waiting)
     with FaultServer([Reply(content="hello")], faults=[padded(20 * LARGE_BODY)]) as server:
         assert (await model_of(server).ainvoke("hi")).content == "hello"
-    assert 0 < given[1] <= 3 * SMALL_BODY
+    assert 0 < taken_in[0] <= 3 * SMALL_BODY
 
 
 @pytest.mark.parametrize("how", ["sized", "chunked", "gzip"])
@@ -308,6 +291,9 @@ async def test_bodies_that_come_together_are_read_in_turns(how: str, monkeypatch
     reading, most, turned = 0, 0, 0
 
     class Counting(Turns):
+        def __init__(self) -> None:
+            super().__init__(patience=60)
+
         @asynccontextmanager
         async def turn(self) -> AsyncGenerator[Any]:
             nonlocal reading, most, turned
@@ -317,8 +303,7 @@ async def test_bodies_that_come_together_are_read_in_turns(how: str, monkeypatch
                 yield turn
                 reading -= 1
 
-    monkeypatch.setattr(body_reader, "Turns", Counting)
-    monkeypatch.setattr(body_reader, "PATIENCE", 60)
+    monkeypatch.setattr(http_clients, "Turns", Counting)
     async with server_of(several(1, long(150)), how) as url:
         model = OpenAIChatModel(model="any", base_url=url, api_key="none", max_retries=0)
         answers = await asyncio.gather(*[model.ainvoke("hi") for _ in range(32)])
@@ -356,7 +341,7 @@ async def server_of(body: bytes, how: str) -> AsyncGenerator[str]:
 @pytest.mark.parametrize("how", ["sized", "chunked", "gzip"])
 async def test_large_bodies_come_packed_however_they_are_sent(how: str):
     body = several(8, long(200))
-    async with server_of(body, how) as url, async_http_client() as http:
+    async with server_of(body, how) as url, http_client() as http:
         response = await http.post(f"{url}/chat/completions", json={"n": 8})
         assert len(response.content) < len(body) / 6  # all but the last
         assert understood(response.content) == understood(body)
@@ -385,7 +370,7 @@ async def test_a_connection_that_opens_in_the_moment_in_which_its_call_is_cancel
         return Opened()
 
     monkeypatch.setattr(aiohttp.TCPConnector, "_create_connection", opening)
-    async with async_http_client() as http:
+    async with http_client() as http:
         calling = asyncio.create_task(http.get("http://127.0.0.1:1/"))
         with pytest.raises(asyncio.CancelledError):
             await calling
@@ -403,7 +388,7 @@ async def test_bodies_that_come_through_a_proxy_are_read_in_turns_too(monkeypatc
     async with server_of(body, "sized") as url:
         monkeypatch.setenv("HTTP_PROXY", url.removesuffix("/v1"))
         monkeypatch.setenv("NO_PROXY", "")
-        async with async_http_client() as http:
+        async with http_client() as http:
             response = await http.post("http://example.invalid/v1/chat/completions", json={})
             assert len(response.content) < len(body) / 10
 
@@ -463,7 +448,7 @@ async def test_large_texts_are_decoded_off_the_loop():
             beats += 1
 
     heart = asyncio.create_task(beat())
-    response = await decoded(body)
+    response = await decode_off_loop(body)
     heart.cancel()
     assert beats > 1
     assert response == decode_response(body)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -877,9 +878,6 @@ def test_what_is_not_recognised_comes_back_as_it_is(model: Any):
     assert fast_logprobs(model) is model
 
 
-async def test_without_aiohttp_the_client_is_that_of_the_sdk(server: FaultServer, monkeypatch: pytest.MonkeyPatch):
-    def missing() -> None:
-        raise RuntimeError
-
-    monkeypatch.setattr(openai, "DefaultAioHttpClient", missing)
+async def test_without_aiohttp_the_sdks_transport_is_used(server: FaultServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "ec_agents.servers.aiohttp_transport", None)
     assert (await client(server).ainvoke("hi", **ASK)).content == "hello"
