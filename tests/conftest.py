@@ -16,6 +16,12 @@ os.environ.pop("SSL_CERT_FILE", None)
 settings.register_profile("any-machine", deadline=None)  # a busy machine is no failure
 settings.load_profile("any-machine")
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Switch off the timing of pytest-benchmark, which langchain-tests brings along; its fixture is needed."""
+    config.option.benchmark_disable = True
+
+
 _LOOPBACK = ("127.", "::1", "localhost")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import openai
 import pytest
+from helpers.waiting import others, until
 from hypothesis import given, settings, strategies as st
 
 from ec_agents.candidates import Candidate
@@ -29,10 +30,6 @@ async def answer(index: int) -> Candidate:
 
 async def hang(index: int) -> Any:
     await asyncio.Event().wait()
-
-
-def others() -> set[Any]:
-    return asyncio.all_tasks() - {asyncio.current_task()}
 
 
 class Refused(Exception):
@@ -472,12 +469,6 @@ def test_a_synchronous_step_inside_a_sampled_call_is_refused_instead_of_waiting_
 
 
 # On the wire
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not true():  # noqa: ASYNC110 - the server has no event for it
-            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+from helpers.waiting import others
 from langchain_core.messages import AIMessage
 from langgraph.errors import GraphInterrupt
 from openai.types.chat import ChatCompletion
@@ -27,10 +28,6 @@ async def answer(index: int) -> AIMessage:
 async def hang(index: int) -> AIMessage:
     await asyncio.Event().wait()
     raise AssertionError
-
-
-def others() -> set[asyncio.Task[Any]]:
-    return asyncio.all_tasks() - {asyncio.current_task()}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("n", [1, 8, 64])

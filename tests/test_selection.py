@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from helpers.candidates import candidate, signals
 from hypothesis import given, strategies as st
 
 from ec_agents.candidates import Candidate, TokenSignals
@@ -23,20 +24,14 @@ from ec_agents.scoring import (
 from ec_agents.selection import DEFAULT_GUARDS, SEVERITY, Selector, action_key, as_selector, degenerate_loop, select
 
 
-def signals(entropies: Any) -> TokenSignals:
-    values = np.array(entropies, dtype=np.float32)
-    return TokenSignals(entropies=values, logprobs=-values, confidences=values + 1, n_alternatives=20)
-
-
 def peak(position: int, length: int = 20) -> TokenSignals:
     """Signals with one high-entropy phase, at ``position``."""
     return signals([2.0 if i == position else 0.1 for i in range(length)])
 
 
-def candidate(index: int, position: int | None = 5, **fields: Any) -> Candidate:
-    given_signals = None if position is None else peak(position)
-    given: dict[str, Any] = {"content": f"answer {index}", "signals": given_signals, **fields}
-    return Candidate(index=index, **given)
+def peaked(index: int, position: int | None = 5, **fields: Any) -> Candidate:
+    """A candidate whose only high-entropy phase is at ``position``; None: without signals."""
+    return candidate(index, **{"signals": None if position is None else peak(position), **fields})
 
 
 class Fixed:
@@ -53,7 +48,7 @@ class Fixed:
 
 
 def test_lowest_centroid_wins_with_its_evidence():
-    choice = select([candidate(0, 15), candidate(1, 2), candidate(2, 9)])
+    choice = select([peaked(0, 15), peaked(1, 2), peaked(2, 9)])
     assert choice.chosen == 1
     assert choice.order == [1, 2, 0]
     assert choice.scores == {0: 15.5 / 20, 1: 2.5 / 20, 2: 9.5 / 20}
@@ -66,24 +61,24 @@ def test_lowest_centroid_wins_with_its_evidence():
 
 
 def test_ties_go_to_the_lower_index_whatever_the_order_of_the_list():
-    choice = select([candidate(2), candidate(0), candidate(1)])
+    choice = select([peaked(2), peaked(0), peaked(1)])
     assert (choice.chosen, choice.reason, choice.margin) == (0, "tie_break", 0.0)
 
 
 def test_tie_break_scorer_decides_between_equal_scores():
     selector = Selector(tie_break=Fixed([3, 1, 2], best="highest"))
-    choice = selector([candidate(0), candidate(1), candidate(2)])
+    choice = selector([peaked(0), peaked(1), peaked(2)])
     assert choice.order == [0, 2, 1]
     assert choice.reason == "tie_break"
 
 
 def test_highest_end_can_be_the_best():
-    assert Selector(scorer=Fixed([0.1, 0.9, 0.5], best="highest"))([candidate(i) for i in range(3)]).order == [1, 2, 0]
+    assert Selector(scorer=Fixed([0.1, 0.9, 0.5], best="highest"))([peaked(i) for i in range(3)]).order == [1, 2, 0]
 
 
 @pytest.mark.parametrize("missing", [None, signals([]), signals([math.nan] * 30), signals([0.0] * 30)])
 def test_missing_data_never_wins(missing: TokenSignals | None):
-    choice = select([candidate(0, signals=missing), candidate(1, 19)])
+    choice = select([peaked(0, signals=missing), peaked(1, 19)])
     assert choice.chosen == 1
     assert choice.reason == "only_sound"
     assert choice.scores[0] is None
@@ -92,7 +87,7 @@ def test_missing_data_never_wins(missing: TokenSignals | None):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_not_finite_never_wins(bad: float):
-    choice = Selector(scorer=Fixed([bad, 0.99]))([candidate(0), candidate(1)])
+    choice = Selector(scorer=Fixed([bad, 0.99]))([peaked(0), peaked(1)])
     assert choice.chosen == 1
     assert choice.scores == {0: None, 1: 0.99}
 
@@ -110,28 +105,28 @@ def test_a_score_that_is_not_finite_never_wins(bad: float):
     ],
 )
 def test_a_flawed_candidate_loses_however_low_its_centroid(flaw: str, fields: dict[str, Any]):
-    choice = select([candidate(0, 0, **fields), candidate(1, 19)])
+    choice = select([peaked(0, 0, **fields), peaked(1, 19)])
     assert choice.chosen == 1
     assert choice.reason == "only_sound"
     assert set(choice.flaws[0]) == {flaw}
 
 
 def test_flawed_candidates_rank_by_severity_then_score():
-    rows = [candidate(i, flaws={name: "found"}) for i, name in enumerate(reversed(SEVERITY))]
-    choice = select([*rows, candidate(7, 9, flaws={"truncated": "found"})])
+    rows = [peaked(i, flaws={name: "found"}) for i, name in enumerate(reversed(SEVERITY))]
+    choice = select([*rows, peaked(7, 9, flaws={"truncated": "found"})])
     assert choice.order == [6, 7, 5, 4, 3, 2, 1, 0]
     assert choice.reason == "all_flawed"
 
 
 def test_a_flaw_from_ones_own_guard_counts():
     selector = Selector(guards={**DEFAULT_GUARDS, "rude": lambda c: "rude" if "fool" in c.content else None})
-    choice = selector([candidate(0, 0, content="you fool"), candidate(1, 19)])
+    choice = selector([peaked(0, 0, content="you fool"), peaked(1, 19)])
     assert choice.chosen == 1
     assert choice.flaws == {0: {"rude": "rude"}}
 
 
 def test_nothing_to_rank_by_falls_back_to_the_first_and_says_so(caplog: pytest.LogCaptureFixture):
-    choice = select([candidate(1, None), candidate(0, None)])
+    choice = select([peaked(1, None), peaked(0, None)])
     assert (choice.chosen, choice.reason, choice.margin) == (0, "fallback", None)
     assert choice.scores == {0: None, 1: None}
     assert "none of 2 candidates could be scored" in caplog.text
@@ -139,17 +134,17 @@ def test_nothing_to_rank_by_falls_back_to_the_first_and_says_so(caplog: pytest.L
 
 def test_fallback_can_raise():
     with pytest.raises(SelectionError, match="none of 2 candidates could be scored; candidate 0: .*logprobs"):
-        Selector(fallback="raise")([candidate(0, None), candidate(1, None)])
+        Selector(fallback="raise")([peaked(0, None), peaked(1, None)])
 
 
 def test_fallback_never_prefers_an_empty_answer(caplog: pytest.LogCaptureFixture):
-    choice = select([candidate(0, None, content=""), candidate(1, None)])
+    choice = select([peaked(0, None, content=""), peaked(1, None)])
     assert choice.chosen == 1
     assert choice.reason == "fallback"
 
 
 def test_texts_under_min_tokens_are_left_to_the_fallback():
-    rows = [candidate(0, 15), candidate(1, 2)]
+    rows = [peaked(0, 15), peaked(1, 2)]
     assert Selector(min_tokens=20)(rows).chosen == 1
     choice = Selector(min_tokens=21)(rows)
     assert (choice.chosen, choice.reason) == (0, "fallback")
@@ -157,12 +152,12 @@ def test_texts_under_min_tokens_are_left_to_the_fallback():
 
 
 def test_one_candidate():
-    assert select([candidate(3)]).reason == "only_one"
-    assert select([candidate(3, None)]).reason == "only_one"
-    assert select([candidate(3, finish_reason="length")]).reason == "all_flawed"
+    assert select([peaked(3)]).reason == "only_one"
+    assert select([peaked(3, None)]).reason == "only_one"
+    assert select([peaked(3, finish_reason="length")]).reason == "all_flawed"
 
 
-@pytest.mark.parametrize("bad", [[], [candidate(0), candidate(0)]])
+@pytest.mark.parametrize("bad", [[], [peaked(0), peaked(0)]])
 def test_no_candidates_or_equal_indexes_are_refused(bad: list[Candidate]):
     with pytest.raises(ConfigError, match="different indexes are needed"):
         select(bad)
@@ -174,7 +169,7 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ConfigError, match="fallback must be a Scorer or 'raise'; found str 'first'"):
         Selector(fallback="first")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="scorer 'fixed' must return 2 scores"):
-        Selector(scorer=Fixed([1.0]))([candidate(0), candidate(1)])
+        Selector(scorer=Fixed([1.0]))([peaked(0), peaked(1)])
     with pytest.raises(ConfigError, match="one of paper, short; found 'long'"):
         CentroidScorer("long")
 
@@ -204,14 +199,14 @@ def test_action_key_ignores_argument_order_case_and_spacing():
 
 
 def test_baselines():
-    rows = [candidate(2, None), candidate(5, None)]
+    rows = [peaked(2, None), peaked(5, None)]
     assert FirstScorer()(rows).tolist() == [2, 5]
     assert RandomScorer(7)(rows).tolist() == RandomScorer(7)(rows).tolist()
-    assert len({Selector(scorer=RandomScorer(s))([candidate(0), candidate(1)]).chosen for s in range(20)}) == 2
+    assert len({Selector(scorer=RandomScorer(s))([peaked(0), peaked(1)]).chosen for s in range(20)}) == 2
 
 
 def test_every_named_scorer_scores():
-    rows = [candidate(0, 3), candidate(1, 9)]
+    rows = [peaked(0, 3), peaked(1, 9)]
     for name, make in SCORERS.items():
         assert make().name in name
         assert np.isfinite(make()(rows)).all()
@@ -258,7 +253,7 @@ def test_selection_properties(rows: list[tuple[list[float] | None, dict[str, str
 @given(_entropies, _flaws, st.none() | st.floats(0, 1e6))
 def test_candidates_survive_the_state_exactly(entropies: list[float], flaws: dict[str, str], seconds: float | None):
     call = {"name": "f", "args": {"é": [1]}}
-    before = candidate(0, signals=signals(entropies), flaws=flaws, tool_calls=[call], seconds=seconds)
+    before = peaked(0, signals=signals(entropies), flaws=flaws, tool_calls=[call], seconds=seconds)
     after = Candidate.from_builtins(before.to_builtins())
     assert after.signals is not None
     assert before.signals is not None
@@ -280,8 +275,8 @@ def test_selector_defaults():
     selector = Selector(scorer=MajorityVote(), min_tokens=3)
     assert as_selector(selector) is selector
     assert isinstance(as_selector(None).scorer, CentroidScorer)
-    assert select([candidate(0), candidate(1, 2)], CentroidScorer()).chosen == 1
-    assert select([candidate(0), candidate(1, 2)], "first").selector == "first"
+    assert select([peaked(0), peaked(1, 2)], CentroidScorer()).chosen == 1
+    assert select([peaked(0), peaked(1, 2)], "first").selector == "first"
 
 
 @pytest.mark.parametrize(
@@ -299,7 +294,7 @@ def test_selector_defaults():
 def test_selector_of_a_wrong_type(wrong: Any, found: str):
     """Anything else is refused with what was found and the known names."""
     with pytest.raises(ConfigError, match=f"found {found}.*Known names: centroid, .*majority"):
-        select([candidate(0), candidate(1)], wrong)
+        select([peaked(0), peaked(1)], wrong)
 
 
 @pytest.mark.parametrize("unknown", ["majoriti", "", "Centroid"])
@@ -350,13 +345,13 @@ FINISHES = {
 @pytest.mark.parametrize("reason", SOUND)
 def test_sound_finish_reason(reason: str | None):
     """What providers say of a finished response, and nothing at all, are sound."""
-    assert select([candidate(0, finish_reason=reason)]).flaws == {}
+    assert select([peaked(0, finish_reason=reason)]).flaws == {}
 
 
 @pytest.mark.parametrize(("flaw", "reason"), [(flaw, reason) for flaw, found in FINISHES.items() for reason in found])
 def test_unsound_finish_reason(flaw: str, reason: str):
     """Every other reason is a flaw, also one that nobody knows, and loses to a finished response with a worse score."""
-    choice = select([candidate(0, 2, finish_reason=reason), candidate(1, 18, finish_reason="stop")])
+    choice = select([peaked(0, 2, finish_reason=reason), peaked(1, 18, finish_reason="stop")])
     assert choice.chosen == 1
     assert list(choice.flaws[0]) == [flaw]
 
@@ -364,5 +359,5 @@ def test_unsound_finish_reason(flaw: str, reason: str):
 @given(st.text(min_size=1))
 def test_finish_reasons_have_one_meaning(reason: str):
     """A reason is sound or exactly one flaw."""
-    found = [guard(candidate(0, finish_reason=reason)) for guard in DEFAULT_GUARDS.values()]
+    found = [guard(peaked(0, finish_reason=reason)) for guard in DEFAULT_GUARDS.values()]
     assert sum(text is not None for text in found) <= 1

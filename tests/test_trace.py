@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.adding import add
+from helpers.candidates import signals
 from helpers.paths import DATA
 from hypothesis import given, settings, strategies as st
 from langchain_core.messages import HumanMessage
 from langgraph.checkpoint.memory import InMemorySaver
 
 from ec_agents.agents.graph import create_centroid_agent
-from ec_agents.candidates import Candidate, Step, TokenSignals
+from ec_agents.candidates import Candidate, Step
 from ec_agents.errors import ConfigError, TraceError
 from ec_agents.logprobs import choice_candidate
 from ec_agents.selection import select
@@ -28,11 +30,6 @@ from ec_agents.testing import Reply, ScriptedChatModel, profile_logprobs
 from ec_agents.trace import REMOVED, TraceWriter, as_trace_writer, read_steps, read_trajectories
 
 PAYLOADS = DATA / "payloads"
-
-
-def signals(entropies: Sequence[float]) -> TokenSignals:
-    values = np.array(entropies, dtype=np.float32)
-    return TokenSignals(entropies=values, logprobs=-values, confidences=values + 1, n_alternatives=20)
 
 
 def step(run: str = "a", number: int = 0, content: str = "text", **fields: Any) -> Step:
@@ -265,11 +262,6 @@ def test_redaction_sees_every_text_and_nothing_else(tmp_path: Path):
 
 
 # Through the graph
-
-
-def add(a: int, b: int) -> int:
-    """Add two numbers."""
-    return a + b
 
 
 def replies() -> list[Reply]:

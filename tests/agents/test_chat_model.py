@@ -6,6 +6,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from helpers.adding import EARLY, LATE, add
 from langchain_core.callbacks import BaseCallbackHandler, UsageMetadataCallbackHandler, get_usage_metadata_callback
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, ToolMessage
 from langchain_core.outputs import ChatGeneration, ChatResult, LLMResult
@@ -19,8 +20,6 @@ from ec_agents.embedded import EmbeddedChatModel
 from ec_agents.errors import ConfigError, SamplingError
 from ec_agents.policy import SamplingPolicy
 from ec_agents.testing import Reply, ScriptedChatModel
-
-LATE, EARLY = ".......!..", ".!........"
 
 
 class Obliging(ScriptedChatModel):
@@ -120,11 +119,6 @@ def test_a_chain_takes_it_as_any_chat_model():
 def test_it_works_on_the_embedded_model():
     message = CentroidChatModel(EmbeddedChatModel(seed=None), n=3).invoke("Ann has 12. How many has Ann?")
     assert all(score is not None for score in message.response_metadata["ec_agents"]["scores"].values())
-
-
-def add(a: int, b: int) -> int:
-    """Add two numbers."""
-    return a + b
 
 
 def test_tools_are_bound_in_the_form_of_the_asked_model():

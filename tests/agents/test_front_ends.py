@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.adding import Dying
+from helpers.serving import CLIENTS, action, chat, fast, own, refusing, respond
 from langchain.agents import create_agent
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.callbacks import UsageMetadataCallbackHandler
@@ -28,8 +30,7 @@ from ec_agents.errors import (
     TraceError,
     UnsupportedLogprobs,
 )
-from ec_agents.servers.fast_logprobs import fast_logprobs
-from ec_agents.servers.openai_chat_model import OpenAIChatModel
+from ec_agents.policy import Limiter, SamplingPolicy
 from ec_agents.testing import FaultServer, Reply, ScriptedChatModel
 from ec_agents.testing.server import completion
 from ec_agents.trace import TraceWriter, read_trajectories
@@ -55,41 +56,11 @@ def chat_model(model: Any, tools: Any = (add,), *, agent: Any = None, **options:
 
 
 EVERYWHERE = pytest.mark.parametrize("make", [graph, middleware, chat_model])
-IN_LANGCHAIN = pytest.mark.parametrize("make", [middleware, chat_model])
 WAYS = pytest.mark.parametrize("way", ["invoke", "ainvoke"])
 
 
 async def run(agent: Any, way: str = "ainvoke", ask: Any = ASK, config: Any = None) -> Any:
     return await agent.ainvoke(ask, config) if way == "ainvoke" else agent.invoke(ask, config)
-
-
-def action(thought: str, action: Any) -> str:
-    return json.dumps({"thought": thought, "action": action})
-
-
-def respond(request: Any) -> Any:
-    """A model that calls ``add`` and then answers; native calls carry no numbers."""
-    last = request["messages"][-1]
-    done = last["role"] == "tool" or "Result of add: 3" in str(last["content"])
-    if "response_format" in request:
-        text = {"final_answer": "it is 3"} if done else {"tool": "add", "arguments": {"a": 1, "b": None}}
-        reply = Reply(content=action("I think", text), profile="!...")
-    elif done or "tools" not in request:
-        reply = Reply(content="it is 3")
-    else:
-        reply = Reply(tool_calls=[("add", {"a": 1})], profile=None)
-    return completion([reply.message()], request)
-
-
-def chat(server: FaultServer, **options: Any) -> Any:
-    return ChatOpenAI(model="m", base_url=server.base_url, api_key="none", max_retries=0, **options)  # type: ignore[arg-type]
-
-
-def own(server: FaultServer, **options: Any) -> Any:
-    return OpenAIChatModel(model="m", base_url=server.base_url, max_retries=0, fan_out="requests", **options)  # type: ignore[call-arg]
-
-
-CLIENTS = pytest.mark.parametrize("client", [chat, own, lambda server: fast_logprobs(chat(server))])
 
 
 def records(state: Any) -> list[dict[str, Any]]:
@@ -144,11 +115,18 @@ async def test_numbers_that_are_dropped_in_silence_end_the_step_and_stop_the_nex
 
 
 @EVERYWHERE
-async def test_native_tool_calls_without_numbers_end_the_step_with_the_remedy(make: Any):
+async def test_native_tool_calls_without_numbers(make: Any):
+    """They end the step with the remedy, and stop the next one and the next agent."""
     with FaultServer(respond) as server:
         agent = make(chat(server), n=2, action_format="native")
-        with pytest.raises(LogprobsMissing, match="its tool calls carry no .*action_format='json'"):
+        with pytest.raises(LogprobsMissing, match=r"m at http.*: its tool calls carry no .*action_format='json'"):
             await run(agent)
+        assert len(server.requests) == 2
+        with pytest.raises(UnsupportedLogprobs, match="an earlier response showed: m at http"):
+            await run(agent)
+        with pytest.raises(UnsupportedLogprobs, match="an earlier response showed: m at http"):
+            await run(make(chat(server), n=2, action_format="native"))
+        assert len(server.requests) == 2
 
 
 @EVERYWHERE
@@ -157,6 +135,7 @@ async def test_without_log_probabilities_nothing_is_refused_or_verified(make: An
         state = await run(make(chat(server), n=2, top_logprobs=None))
     assert state["messages"][-1].content == "it is 3"
     assert not any("logprobs" in request or "response_format" in request for request in server.requests)
+    make(ChatOpenAI(model="o3", api_key="k"), n=2, top_logprobs=None)  # type: ignore[arg-type]
 
 
 @EVERYWHERE
@@ -178,11 +157,18 @@ def test_an_unknown_action_format_is_refused_at_once(make: Any):
 @EVERYWHERE
 @CLIENTS
 @WAYS
-async def test_auto_asks_again_as_json_and_remembers_it(make: Any, client: Callable[..., Any], way: str):
+async def test_auto_asks_again_as_json(
+    make: Any, client: Callable[..., Any], way: str, caplog: pytest.LogCaptureFixture
+):
+    """Where native tool calls carry no log-probabilities, the step is asked again as JSON, and so are later agents."""
     with FaultServer(respond) as server:
         state = await run(make(client(server), n=2), way)
         _, called, result, final = state["messages"]
-        natively = sum("tools" in request for request in server.requests)
+        assert "asking again, with actions as JSON" in caplog.text
+        forms = ["tools" in request for request in server.requests]
+        natively = sum(forms)
+        assert forms[0]
+        assert forms.count(False) == 4
         assert await run(make(client(server), n=2), way)
         assert sum("tools" in request for request in server.requests) == natively <= 2
     assert called.tool_calls[0]["args"] == {"a": 1}
@@ -193,14 +179,11 @@ async def test_auto_asks_again_as_json_and_remembers_it(make: Any, client: Calla
 
 @EVERYWHERE
 @WAYS
-async def test_a_server_that_refuses_schemas_is_a_clear_error(make: Any, way: str):
-    def refusing(request: Any) -> Any:
-        if "response_format" in request:
-            raise ValueError("response_format is not supported")
-        return respond(request)
-
+@pytest.mark.parametrize(("client", "form"), [(chat, "auto"), (chat, "json"), (fast, "json"), (own, "json")])
+async def test_a_server_that_refuses_schemas(make: Any, way: str, client: Any, form: str):
+    """The error names the server, its message and the remedy."""
     with FaultServer(refusing) as server:
-        agent = make(chat(server), n=2)
+        agent = make(client(server), n=2, action_format=form)
         with pytest.raises(ActionError, match=r"http.* refuses response_format json_schema.*not supported; use action"):
             await run(agent, way)
 
@@ -234,10 +217,10 @@ async def test_actions_that_cannot_be_measured_in_either_form_end_the_step(make:
         assert {"tools" in request for request in server.requests} == {True, False}
 
 
-@IN_LANGCHAIN
+@EVERYWHERE
 async def test_a_tool_that_the_provider_runs_is_a_clear_error(make: Any):
     model = ScriptedChatModel(replies=[Reply(content="3")] * 2)
-    with pytest.raises(ConfigError, match="found 'web_search', which the provider runs itself"):
+    with pytest.raises(ConfigError, match="found 'web_search', which the provider runs itself.*action_format='native'"):
         await run(make(model, (add, {"type": "web_search"}), n=2, action_format="json"))
     assert model.requests == []
 
@@ -327,12 +310,24 @@ async def test_a_durable_step_that_learned_makes_no_call_again(way: str):
 
 @EVERYWHERE
 @CLIENTS
-def test_one_agent_may_be_run_in_one_loop_after_the_other(make: Any, client: Any):
+def test_one_agent_runs_in_any_loop_and_thread(make: Any, client: Any):
+    """In one event loop after the other, without one, and in threads, its limiter going along."""
     with FaultServer([Reply(content="hi")]) as server:
-        agent = make(client(server), (), n=4)
-        texts = [asyncio.run(run(agent))["messages"][-1].content for _ in range(3)]
-        texts.append(agent.invoke(ASK)["messages"][-1].content)
-    assert texts == ["hi"] * 4
+        agent = make(client(server), (), n=4, policy=SamplingPolicy(limiter=Limiter(3)))
+
+        def ask() -> None:
+            texts.append(agent.invoke(ASK)["messages"][-1].content)
+
+        texts: list[str] = []
+        ask()
+        texts += [asyncio.run(run(agent))["messages"][-1].content for _ in range(3)]
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert texts == ["hi"] * 7
+        assert len(server.requests) == 28
 
 
 async def test_the_middleware_sees_that_a_model_was_changed():

@@ -6,12 +6,13 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import openai
 import pytest
+from helpers.serving import CLIENTS, action, chat, respond
+from helpers.waiting import until
 from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_openai import ChatOpenAI
@@ -20,11 +21,9 @@ from pydantic import PrivateAttr
 from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.agents.step_request import StepModel, StepModels, StepRequest
 from ec_agents.embedded import EmbeddedChatModel
-from ec_agents.errors import ActionError, ConfigError, LogprobsMissing, SamplingError, UnsupportedLogprobs
-from ec_agents.policy import Limiter, SamplingPolicy
+from ec_agents.errors import ActionError, ConfigError, SamplingError, UnsupportedLogprobs
+from ec_agents.policy import SamplingPolicy
 from ec_agents.selection import Selector
-from ec_agents.servers.fast_logprobs import fast_logprobs
-from ec_agents.servers.openai_chat_model import OpenAIChatModel
 from ec_agents.testing import FaultServer, Reply, ScriptedChatModel
 from ec_agents.testing.server import completion
 
@@ -36,41 +35,8 @@ def add(a: int, b: int = 2) -> int:
     return a + b
 
 
-def action(thought: str, action: Any) -> str:
-    return json.dumps({"thought": thought, "action": action})
-
-
-def respond(request: Any, *, measured: str | None = None, json_schema: bool = True) -> Any:
-    """A model that calls ``add`` and then answers, natively or as JSON; native calls may be without numbers."""
-    last = request["messages"][-1]
-    done = last["role"] == "tool" or "Result of add: 3" in str(last["content"])
-    if "response_format" in request and json_schema:
-        text = {"final_answer": "it is 3"} if done else {"tool": "add", "arguments": {"a": 1, "b": None}}
-        reply = Reply(content=action("I think", text), profile="!...")
-    elif done or "tools" not in request:
-        reply = Reply(content="it is 3")
-    else:
-        reply = Reply(tool_calls=[("add", {"a": 1})], profile=measured)
-    return completion([reply.message()], request)
-
-
 def measuring(request: Any) -> Any:
     return respond(request, measured="!...")
-
-
-def chat(server: FaultServer, **options: Any) -> Any:
-    return ChatOpenAI(model="m", base_url=server.base_url, api_key="none", max_retries=0, **options)  # type: ignore[arg-type]
-
-
-def own(server: FaultServer, **options: Any) -> Any:
-    return OpenAIChatModel(model="m", base_url=server.base_url, max_retries=0, fan_out="requests", **options)  # type: ignore[call-arg]
-
-
-def fast(server: FaultServer, **options: Any) -> Any:
-    return fast_logprobs(chat(server, **options))
-
-
-CLIENTS = pytest.mark.parametrize("client", [chat, fast, own])
 
 
 def roles(request: Any) -> list[str]:
@@ -118,19 +84,6 @@ def test_auto_uses_native_tool_calls_where_they_are_measured():
     assert all("tools" in request and "response_format" not in request for request in server.requests)
 
 
-@CLIENTS
-def test_auto_asks_again_as_json_where_they_are_not_and_remembers_it(
-    client: Callable[..., Any], caplog: pytest.LogCaptureFixture
-):
-    with FaultServer(respond) as server:
-        state = create_centroid_agent(client(server), [add], n=2).invoke(ASK)
-        assert state["messages"][-1].content == "it is 3"
-        assert ["tools" in request for request in server.requests] == [True, True, False, False, False, False]
-        assert "asking again, with actions as JSON" in caplog.text
-        create_centroid_agent(client(server), [add], n=2).invoke(ASK)
-        assert not any("tools" in request for request in server.requests[6:])
-
-
 @pytest.mark.parametrize(("name", "as_json"), [("gpt-4o", True), ("o3", False)])
 def test_auto_goes_by_the_table_before_anything_is_sent(name: str, *, as_json: bool):
     model = StepModel(ChatOpenAI(model=name, api_key="k"), top_logprobs=20, action_format="auto")  # type: ignore[arg-type]
@@ -168,37 +121,6 @@ async def test_steps_that_are_under_way_while_another_one_learns_are_asked_again
         assert all(score is not None for record in records for score in record["scores"].values())
 
 
-def test_native_tool_calls_without_numbers_end_the_step_and_stop_the_next():
-    with FaultServer(respond) as server:
-        agent = create_centroid_agent(chat(server), [add], n=2, action_format="native")
-        with pytest.raises(LogprobsMissing, match=r"m at http.*: its tool calls carry no .*action_format='json'"):
-            agent.invoke(ASK)
-        assert len(server.requests) == 2
-        with pytest.raises(UnsupportedLogprobs, match="an earlier response showed: m at http"):
-            agent.invoke(ASK)
-        with pytest.raises(UnsupportedLogprobs, match="an earlier response showed: m at http"):
-            create_centroid_agent(chat(server), [add], n=2, action_format="native")
-        assert len(server.requests) == 2
-
-
-def test_numbers_that_are_dropped_in_silence_end_the_step():
-    with FaultServer([Reply(content="hello")], faults=["null_logprobs"]) as server:
-        agent = create_centroid_agent(chat(server), n=2)
-        with pytest.raises(LogprobsMissing, match="2 of 2 responses without log-probabilities; serve the model with"):
-            agent.invoke(ASK)
-        with pytest.raises(UnsupportedLogprobs):
-            agent.invoke(ASK)
-        assert len(server.requests) == 2
-
-
-def test_without_log_probabilities_nothing_is_refused_or_verified():
-    with FaultServer(respond) as server:
-        agent = create_centroid_agent(chat(server), [add], n=2, top_logprobs=None)
-        assert agent.invoke(ASK)["messages"][-1].content == "it is 3"
-        assert "logprobs" not in server.requests[0]
-    create_centroid_agent(ChatOpenAI(model="o3", api_key="k"), [add], n=2, top_logprobs=None)  # type: ignore[arg-type]
-
-
 def test_a_provider_that_cannot_is_refused_when_the_agent_is_made():
     with pytest.raises(UnsupportedLogprobs, match="reasoning models refuse"):
         create_centroid_agent(ChatOpenAI(model="o3", api_key="k"))  # type: ignore[arg-type]
@@ -206,20 +128,6 @@ def test_a_provider_that_cannot_is_refused_when_the_agent_is_made():
         create_centroid_agent(ChatOpenAI(model="gpt-4o", api_key="k"), top_logprobs=21)  # type: ignore[arg-type]
     with pytest.raises(UnsupportedLogprobs, match="reasoning_effort='none' is needed; found 'low'"):
         create_centroid_agent(ChatOpenAI(model="gpt-5.2", api_key="k").bind(reasoning_effort="low"))  # type: ignore[arg-type]
-
-
-def refusing(request: Any) -> Any:
-    if "response_format" in request:
-        raise ValueError("response_format is not supported")
-    return respond(request)
-
-
-@CLIENTS
-def test_a_server_that_refuses_schemas_is_a_clear_error(client: Callable[..., Any]):
-    with FaultServer(refusing) as server:
-        agent = create_centroid_agent(client(server), [add], n=2, action_format="json")
-        with pytest.raises(ActionError, match=r"http.* refuses response_format json_schema.*not supported; use action"):
-            agent.invoke(ASK)
 
 
 def test_a_server_that_ignores_schemas_is_a_clear_error():
@@ -248,14 +156,6 @@ def test_several_calls_at_once_all_run(*, parallel: bool):
     sent = json.dumps(model.requests[0][1]["response_format"])
     assert ('"calls"' in sent) == parallel
     assert "parallel_tool_calls" not in model.requests[0][1]
-
-
-def test_a_tool_that_the_provider_runs_is_refused_before_anything_is_sent():
-    model = ScriptedChatModel(replies=[Reply(content="3")])
-    search = {"type": "web_search"}
-    with pytest.raises(ConfigError, match="found 'web_search', which the provider runs itself.*action_format='native'"):
-        create_centroid_agent(model, [add, search], n=1, action_format="json")
-    assert model.requests == []
 
 
 def test_a_model_that_binds_tools_in_its_own_way_is_a_clear_error():
@@ -407,34 +307,7 @@ def test_temperature_0_with_several_candidates_is_refused_with_the_reason(model:
     create_centroid_agent(model, n=1)
 
 
-def test_an_unknown_action_format_is_refused():
-    with pytest.raises(ConfigError, match="action_format must be one of .*; found 'xml'"):
-        create_centroid_agent(ScriptedChatModel(), n=1, action_format="xml")  # type: ignore[arg-type]
-
-
 # Event loops, threads, the wire
-
-
-@CLIENTS
-def test_one_agent_may_be_run_in_any_loop_and_thread(client: Callable[..., Any]):
-    with FaultServer([Reply(content="hi")]) as server:
-        policy = SamplingPolicy(limiter=Limiter(3))
-        agent = create_centroid_agent(client(server), n=4, policy=policy)
-
-        async def main() -> Any:
-            return await agent.ainvoke(ASK)
-
-        texts = [agent.invoke(ASK)["messages"][-1].content]
-        texts += [asyncio.run(main())["messages"][-1].content for _ in range(3)]
-        threads = [
-            threading.Thread(target=lambda: texts.append(agent.invoke(ASK)["messages"][-1].content)) for _ in range(3)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-        assert texts == ["hi"] * 7
-        assert len(server.requests) == 28
 
 
 @CLIENTS
@@ -443,9 +316,7 @@ async def test_an_agents_losing_requests_are_cancelled_on_the_wire(client: Calla
     with FaultServer([Reply(content="hi")], faults=faults) as server:
         agent = create_centroid_agent(client(server), n=4, policy=SamplingPolicy(first=2))
         state = await agent.ainvoke(ASK)
-        async with asyncio.timeout(20):
-            while server.abandoned < 2 or server.in_flight:  # noqa: ASYNC110 - the server has no event for it
-                await asyncio.sleep(0.01)
+        await until(lambda: server.abandoned == 2 and not server.in_flight)
     record = state["messages"][-1].response_metadata["ec_agents"]
     assert len(record["scores"]) == 2
     assert len(record["failures"]) == 2

@@ -8,12 +8,12 @@ import subprocess
 import sys
 from typing import Any
 
-import numpy as np
 import pytest
+from helpers.candidates import signals
 from hypothesis import given, strategies as st
 from rich.console import Console
 
-from ec_agents.candidates import Candidate, TokenSignals
+from ec_agents.candidates import Candidate
 from ec_agents.cli import demo
 from ec_agents.embedded import EmbeddedChatModel, Task, make_tasks
 from ec_agents.embedded.tasks import find_solution
@@ -34,11 +34,6 @@ def run_command(*arguments: str, **variables: str) -> subprocess.CompletedProces
         env={**os.environ, **environment},
         timeout=300,
     )
-
-
-def signals(entropies: Any) -> TokenSignals:
-    values = np.array(entropies, dtype=np.float32)
-    return TokenSignals(entropies=values, logprobs=values, confidences=values, n_alternatives=20)
 
 
 def call(index: int, expression: str) -> Candidate:

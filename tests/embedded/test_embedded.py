@@ -3,13 +3,13 @@
 import asyncio
 import multiprocessing
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import as_file, files
 from typing import Any, cast
 
 import numpy as np
 import pytest
+from helpers.waiting import settle
 from hypothesis import given, strategies as st
 from langchain_core.exceptions import ContextOverflowError
 from langchain_core.language_models import BaseChatModel
@@ -83,13 +83,6 @@ def complete(engine: Engine, request: Request) -> list[Completion]:
 
 def metadata(message: BaseMessage) -> dict[str, Any]:
     return cast("dict[str, Any]", message.response_metadata)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 # Network
@@ -308,7 +301,7 @@ def test_a_failing_prefill_fails_its_request_and_no_others(stubborn: Stubborn):
 def test_the_worker_ends_with_the_work_and_starts_again(engine: Engine):
     for _ in range(3):
         complete(engine, Request(prompt=THINKING, seed=1, max_tokens=2))
-        wait_until(lambda: engine._worker is None)
+        settle(lambda: engine._worker is None)
 
 
 def _answer_in_child(queue: Any) -> None:
@@ -422,12 +415,12 @@ async def test_cancelling_a_call_frees_its_row(stubborn: Stubborn, monkeypatch: 
     engine = Engine(stubborn)
     monkeypatch.setattr(chat_model, "default_engine", lambda: engine)
     task = asyncio.create_task(EmbeddedChatModel().ainvoke(SOLVE.prompt))
-    await asyncio.to_thread(wait_until, lambda: bool(engine._rows))
+    await asyncio.to_thread(settle, lambda: bool(engine._rows))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     stubborn.allowed.set()
-    await asyncio.to_thread(wait_until, lambda: engine._worker is None)
+    await asyncio.to_thread(settle, lambda: engine._worker is None)
     assert engine.steps <= 2
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.graded import SIZE, candidate, draw, noise
+from helpers.graded import SIZE, draw, measured, noise
 from hypothesis import given, settings, strategies as st
 
 from ec_agents.candidates import Candidate, Step
@@ -53,7 +53,7 @@ def test_the_random_row_is_what_the_random_selector_does_on_average():
         step=Step(
             run="a",
             task="t0",
-            candidates=[candidate(0, 0.1, finish="length"), *graded[0].step.candidates[1:]],
+            candidates=[measured(0, 0.1, finish_reason="length"), *graded[0].step.candidates[1:]],
         ),
         right={**graded[0].right, flawed.index: True},
     )
@@ -202,7 +202,7 @@ def test_failures_stay_in_the_denominator():
 
 def test_rates_say_what_could_not_be_used():
     signal_free = [Candidate(index=i, content="x") for i in range(4)]
-    cut = [candidate(0, 0.1, finish="length"), *[candidate(i, 0.5) for i in range(1, 4)]]
+    cut = [measured(0, 0.1, finish_reason="length"), *[measured(i, 0.5) for i in range(1, 4)]]
     graded = [
         Graded(step=Step(run=name, candidates=drawn), right=dict.fromkeys(range(4), True))
         for name, drawn in (("a", signal_free), ("b", cut))
@@ -239,7 +239,7 @@ def test_baselines_are_chosen_and_a_baseline_is_compared_with_those_before_it():
 
 def test_thirds_by_length():
     graded = [
-        Graded(step=Step(run=str(n), candidates=[candidate(0, 0.1, tokens=n)]), right={0: n > 20}) for n in range(1, 31)
+        Graded(step=Step(run=str(n), candidates=[measured(0, 0.1, tokens=n)]), right={0: n > 20}) for n in range(1, 31)
     ]
     found = table(graded)
     assert [None if e is None else e.value for e in found.row("entropy").by_length] == [0.0, 0.0, 1.0]
@@ -390,7 +390,7 @@ def test_whole_runs_are_compared_task_by_task():
 )
 def test_outcomes_of_a_file_are_joined_to_the_steps(tmp_path: Path, name: str, text: str):
     (tmp_path / name).write_text(text)
-    steps = [Step(run=run, candidates=[candidate(0, 0.1), candidate(1, 0.2)]) for run in ("a", "unknown")]
+    steps = [Step(run=run, candidates=[measured(0, 0.1), measured(1, 0.2)]) for run in ("a", "unknown")]
     assert [one.right for one in grade(steps, read_outcomes(tmp_path / name))] == [{0: True, 1: False}]
 
 

@@ -4,7 +4,6 @@ import html
 import json
 import math
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.browser import CHROMIUM, browser_page
+from helpers.candidates import candidate, signals
 from hypothesis import given, strategies as st
 
-from ec_agents.candidates import Candidate, Step, TokenSignals
+from ec_agents.candidates import Candidate, Step
 from ec_agents.errors import ConfigError
 from ec_agents.evaluation import charts
 from ec_agents.evaluation.comparison import evaluate, evaluate_runs
@@ -40,15 +40,6 @@ browser = pytest.mark.browser
 needs_chromium = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no headless browser: {CHROMIUM} is absent")
 
 
-def signals(entropies: Any) -> TokenSignals:
-    values = np.array(entropies, dtype=np.float32)
-    return TokenSignals(entropies=values, logprobs=-values, confidences=values, n_alternatives=20)
-
-
-def candidate(index: int, text: str, entropies: Any) -> Candidate:
-    return Candidate(index=index, content=text, finish_reason="stop", signals=signals(entropies))
-
-
 def hostile_step(text: str) -> Step:
     drawn = [
         Candidate(
@@ -59,7 +50,7 @@ def hostile_step(text: str) -> Step:
             flaws={text: text},
             finish_reason=text,
         ),
-        candidate(1, text, [0.1] * 5),
+        candidate(1, [0.1] * 5, content=text, finish_reason="stop"),
     ]
     tokens = {"1": {"text": text, "lengths": [len(text), 0, 0, 0, 0]}}
     info = {"tokens": tokens, text: text}
@@ -149,7 +140,8 @@ def test_the_policy_allows_the_page_itself_and_nothing_else(tmp_path: Path):
 
 
 def test_a_step_is_summed_up_in_words():
-    drawn = [candidate(0, "a", [0.0] * 50 + [2.0] * 4 + [0.0] * 46), candidate(1, "a", [2.0] * 4 + [0.0] * 96)]
+    phases = [0.0] * 50 + [2.0] * 4 + [0.0] * 46, [2.0] * 4 + [0.0] * 96
+    drawn = [candidate(i, entropies, content="a") for i, entropies in enumerate(phases)]
     said = explain(select(drawn))
     assert said.startswith("Candidate 1 was chosen by centroid: it has the best score. It leads by 0.5, ")
     assert said.endswith("of steps: within the noise. 2 of 2 would do the same.") or "above the noise" in said
@@ -159,7 +151,7 @@ def test_a_step_is_summed_up_in_words():
 
 
 def test_timings_are_summed_up_in_words():
-    drawn = [replace(candidate(i, "a", [1.0]), seconds=seconds) for i, seconds in enumerate((0.5, None, 2.0))]
+    drawn = [candidate(i, [1.0], seconds=seconds) for i, seconds in enumerate((0.5, None, 2.0))]
     assert timing(Step(run="a", candidates=drawn, seconds=2.125)) == (
         "Sampling took 2.12 s, the slowest call 2 s, 2 calls together 2.5 s."
     )
@@ -169,7 +161,7 @@ def test_timings_are_summed_up_in_words():
 
 def test_a_step_without_a_choice_or_a_candidate_is_shown_as_what_it_is(tmp_path: Path):
     steps = [
-        Step(run="a", candidates=[candidate(0, "x", [1.0, 0.0])]),
+        Step(run="a", candidates=[candidate(0, [1.0, 0.0])]),
         Step(run="b", failures={0: "TimeoutError: 30 s"}),
     ]
     assert write_trace_report(iter(steps), tmp_path / "a.html") == 2
@@ -255,7 +247,7 @@ async def test_pages_in_a_browser(tmp_path: Path, width: int, dark: bool):  # no
 @needs_chromium
 async def test_five_hundred_steps_of_64_candidates_open(tmp_path: Path):
     rng = np.random.default_rng(0)
-    drawn = [candidate(i, "word " * 300, rng.gamma(0.3, 1, 300)) for i in range(64)]
+    drawn = [candidate(i, rng.gamma(0.3, 1, 300), content="word " * 300) for i in range(64)]
     chosen = select(drawn)
     steps = (Step(run=f"run {i}", candidates=drawn, selection=chosen) for i in range(500))
     assert write_trace_report(steps, tmp_path / "large.html") == 500

@@ -1,10 +1,12 @@
 """Graded draws made by hand."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from helpers.candidates import candidate
 
-from ec_agents.candidates import Candidate, Step, TokenSignals
+from ec_agents.candidates import Candidate, Step
 from ec_agents.evaluation.outcomes import Graded
 from ec_agents.scoring import SignalScorer
 from ec_agents.selection import Selector
@@ -12,18 +14,17 @@ from ec_agents.selection import Selector
 SIZE = Selector(scorer=SignalScorer("entropy", "lowest", lambda s: float(s.entropies[0])))
 
 
-def candidate(index: int, score: float, *, text: str = "x", tokens: int = 1, finish: str = "stop") -> Candidate:
-    values = np.full(tokens, score, dtype=np.float32)
-    signals = TokenSignals(entropies=values, logprobs=-values, confidences=values, n_alternatives=20)
+def measured(index: int, score: float, *, tokens: int = 1, **fields: Any) -> Candidate:
+    """A candidate of so many tokens, each with this entropy: its score under ``SIZE``."""
     usage = {"input_tokens": 5, "output_tokens": tokens, "total_tokens": 5 + tokens}
-    return Candidate(index=index, content=text, finish_reason=finish, signals=signals, usage=usage)
+    return candidate(index, [score] * tokens, **{"finish_reason": "stop", "usage": usage, **fields})
 
 
 def draw(
     task: str, right: Sequence[bool], scores: Sequence[float], *, failures: int = 0, texts: Sequence[str] = ()
 ) -> Graded:
     """One draw: candidates with these outcomes and scores, and some failed calls after them."""
-    drawn = [candidate(i, s, text=texts[i] if texts else f"answer {i}") for i, s in enumerate(scores)]
+    drawn = [measured(i, s, content=texts[i] if texts else f"answer {i}") for i, s in enumerate(scores)]
     failed = {len(scores) + i: "TimeoutError" for i in range(failures)}
     step = Step(run=f"{task}/{id(drawn)}", task=task, candidates=drawn, failures=failed)
     return Graded(step=step, right=dict(enumerate(right)))

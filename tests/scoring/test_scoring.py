@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.candidates import candidate, signals
 from helpers.paths import DATA
 from hypothesis import given, strategies as st
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from ec_agents.candidates import Candidate, TokenSignals
+from ec_agents.candidates import Candidate
 from ec_agents.entropy import MASKED, token_entropies
 from ec_agents.errors import ConfigError
 from ec_agents.scoring import (
@@ -49,15 +50,6 @@ def cases(group: str) -> list[Any]:
 
 def number(value: Any) -> float:
     return math.nan if value is None else float(value)
-
-
-def signals(entropies: ArrayLike, n_alternatives: int = 5) -> TokenSignals:
-    values = np.array(entropies, dtype=np.float32)
-    return TokenSignals(entropies=values, logprobs=-values, confidences=values, n_alternatives=n_alternatives)
-
-
-def candidate(index: int, entropies: ArrayLike | None, **fields: Any) -> Candidate:
-    return Candidate(index=index, content="text", signals=None if entropies is None else signals(entropies), **fields)
 
 
 def confidences_of(rows: Sequence[Sequence[Any]]) -> NDArray[np.float64]:
@@ -106,8 +98,8 @@ def test_self_certainty_of_k_alternatives_equals_the_reference(case: Any):
         return
     expected = case["self_certainty"]["topk_certainty_V_is_k_mean"]
     assert self_certainty(case["rows"]) == pytest.approx(expected, rel=1e-12, abs=1e-12)
-    values = confidences_of(case["rows"]).astype(np.float32)
-    drawn = signals(values, n_alternatives=case["k"])
+    values = confidences_of(case["rows"])
+    drawn = signals(values, n_alternatives=case["k"], confidences=values)
     assert SELF_CERTAINTY([Candidate(index=0, signals=drawn)])[0] == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
@@ -134,7 +126,7 @@ def test_deepconf_scores_of_long_sequences_equal_the_reference(case: Any):
 def test_deepconf_scorers_use_windows_of_2048():
     case = max(GOLDEN["conf_sequence"], key=lambda case: len(case["confs"]))
     window = next(window for window in case["windows"] if window["window"] == 2048)
-    drawn = [Candidate(index=0, signals=signals(case["confs"]))]
+    drawn = [candidate(0, signals=signals(case["confs"], confidences=case["confs"]))]
     assert len(case["confs"]) > 2048
     for scorer, expected in (
         (DEEPCONF_MEAN, case["mean"]),

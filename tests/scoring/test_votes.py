@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.candidates import candidate
 from helpers.paths import DATA
 from hypothesis import given, strategies as st
 
-from ec_agents.candidates import Candidate, Selection, TokenSignals
+from ec_agents.candidates import Candidate, Selection
 from ec_agents.errors import ConfigError
 from ec_agents.scoring import (
     BordaVote,
@@ -237,12 +238,8 @@ _entropies = st.lists(st.floats(0, 3, width=32), max_size=30)
 
 
 def with_signals(texts: Sequence[str], entropies: Sequence[Sequence[float]]) -> list[Candidate]:
-    def signals(values: Sequence[float]) -> TokenSignals:
-        array = np.array(values, dtype=np.float32)
-        return TokenSignals(entropies=array, logprobs=-array, confidences=array, n_alternatives=5)
-
     padded = [*entropies, *[[0.0, 1.0]] * len(texts)]
-    return [Candidate(index=i, content=text, signals=signals(padded[i])) for i, text in enumerate(texts)]
+    return [candidate(i, padded[i], content=text) for i, text in enumerate(texts)]
 
 
 @given(_texts, st.lists(_entropies, max_size=12), st.sampled_from(["majority", "majority-then-centroid"]))

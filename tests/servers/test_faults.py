@@ -8,7 +8,6 @@ The step ends, chooses a sound answer or raises, says what happened, and leaks n
 import asyncio
 import gc
 import math
-import threading
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from typing import Any
 
 import openai
 import pytest
+from helpers.waiting import settle, until
 
 from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.agents.step import decision_record
@@ -89,16 +89,6 @@ async def outcome_of(run: Run, model: OpenAIChatModel, n: int, seconds: float) -
         return await run(model, n, seconds)
     except EcAgentsError as error:
         return error
-
-
-def settle(done: Callable[[], bool]) -> None:
-    """Wait until it is so; the server runs in another thread."""
-    pause = threading.Event()
-    for _ in range(500):
-        if done():
-            return
-        pause.wait(0.01)
-    raise AssertionError("it did not come to that within 5 s")
 
 
 def model_of(server: FaultServer) -> OpenAIChatModel:
@@ -200,8 +190,7 @@ def test_many_faults_at_once(run: Run):
 def test_cancelling_a_step_closes_every_connection(name: str, run: Run):
     async def cancelled(server: FaultServer) -> None:
         task = asyncio.create_task(run(model_of(server), 8, math.inf))
-        while server.in_flight < 8:  # noqa: ASYNC110 - the server runs in another thread
-            await asyncio.sleep(0.005)
+        await until(lambda: server.in_flight == 8)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

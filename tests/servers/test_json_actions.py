@@ -4,6 +4,7 @@ import json
 from typing import Any, Literal
 
 import pytest
+from helpers.adding import add
 from hypothesis import given, strategies as st
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
@@ -28,11 +29,6 @@ def search(
 ) -> str:
     """Search for something."""
     return query
-
-
-def add(a: int, b: int) -> int:
-    """Add two numbers."""
-    return a + b
 
 
 ACTIONS = JsonActions([search, add])

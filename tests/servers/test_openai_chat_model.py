@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+from helpers.waiting import settle, until
 from hypothesis import example, given, settings, strategies as st
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
@@ -442,16 +443,6 @@ def test_one_object_serves_one_event_loop_after_the_other_and_leaves_no_connecti
             settle(lambda: server.connections == 0)
 
 
-def settle(done: Any) -> None:
-    """Wait until it is so; the server runs in another thread."""
-    pause = threading.Event()
-    for _ in range(500):
-        if done():
-            return
-        pause.wait(0.01)
-    raise AssertionError("it did not come to that within 5 s")
-
-
 def test_threads_with_loops_of_their_own_and_without_share_one_object():
     with FaultServer([Reply(content="hello")]) as server:
         model, results = client(server), list[Any]()
@@ -472,12 +463,6 @@ async def test_cancelling_a_call_closes_its_connection():
         with pytest.raises(asyncio.CancelledError):
             await call
         await until(lambda: server.abandoned == 1 and server.in_flight == 0)
-
-
-async def until(done: Any) -> None:
-    async with asyncio.timeout(5):
-        while not done():  # noqa: ASYNC110 - the server runs in another thread
-            await asyncio.sleep(0.005)
 
 
 async def test_a_hostname_serves_many_calls_at_once():

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.candidates import candidate
 from helpers.paths import DOCS
 from hypothesis import given, strategies as st
 from langchain_openai import AzureChatOpenAI, ChatOpenAI
@@ -208,23 +209,14 @@ def signals(n: int = 30, k: int = 20, entropy: float = 0.5, logprob: float = -0.
     return TokenSignals(**arrays, n_alternatives=k, excess=excess)
 
 
-def candidate(
-    index: int = 0, *, call: bool = False, measured: Any = None, tokens: int = 30, **fields: Any
-) -> Candidate:
-    calls = [{"name": "add", "args": {"a": index}}] if call else []
-    content = "" if call else f"answer {index}"
-    given: dict[str, Any] = {
-        "content": content,
-        "tool_calls": calls,
-        "signals": measured,
-        "usage": {"output_tokens": tokens},
-        **fields,
-    }
-    return Candidate(index=index, **given)
+def response(index: int = 0, *, call: bool = False, measured: Any = None, tokens: int = 30, **fields: Any) -> Candidate:
+    """What came back from a provider: an answer or a tool call, with or without signals."""
+    shown = {"content": "", "tool_calls": [{"name": "add", "args": {"a": index}}]} if call else {}
+    return candidate(index, **{"signals": measured, "usage": {"output_tokens": tokens}, **shown, **fields})
 
 
 def test_sound_responses_have_no_problems():
-    verdict = verify([candidate(i, measured=signals()) for i in range(3)], top_logprobs=20)
+    verdict = verify([response(i, measured=signals()) for i in range(3)], top_logprobs=20)
     assert verdict is not None
     assert (verdict.usable, verdict.coverage, verdict.n_alternatives, verdict.tool_tokens) == (True, 1.0, 20, "unknown")
     assert verdict.problems == {}
@@ -232,7 +224,7 @@ def test_sound_responses_have_no_problems():
 
 
 def test_an_end_of_text_token_without_a_number_is_no_problem():
-    verdict = verify([candidate(measured=signals(29))], top_logprobs=20)
+    verdict = verify([response(measured=signals(29))], top_logprobs=20)
     assert verdict is not None
     assert verdict.coverage == 1.0
 
@@ -240,12 +232,12 @@ def test_an_end_of_text_token_without_a_number_is_no_problem():
 @pytest.mark.parametrize(
     ("candidates", "name", "text"),
     [
-        ([candidate()], "missing", "1 of 1 responses without log-probabilities"),
-        ([candidate(measured=signals(k=4))], "alternatives", "4 alternatives a token, 20 were asked for"),
-        ([candidate(measured=signals(11), tokens=30)], "coverage", "only 40% of the output tokens"),
-        ([candidate(measured=signals(entropy=0.0))], "degenerate", "30 of 30 tokens have entropy 0: is it temperature"),
+        ([response()], "missing", "1 of 1 responses without log-probabilities"),
+        ([response(measured=signals(k=4))], "alternatives", "4 alternatives a token, 20 were asked for"),
+        ([response(measured=signals(11), tokens=30)], "coverage", "only 40% of the output tokens"),
+        ([response(measured=signals(entropy=0.0))], "degenerate", "30 of 30 tokens have entropy 0: is it temperature"),
         (
-            [candidate(i, measured=signals(), content="same") for i in range(3)],
+            [response(i, measured=signals(), content="same") for i in range(3)],
             "identical",
             "3 responses are the same: a fixed seed",
         ),
@@ -259,7 +251,7 @@ def test_problems_are_found_and_said(candidates: list[Candidate], name: str, tex
 
 def test_certain_answers_may_well_be_the_same():
     sure = signals(logprob=-0.001)
-    verdict = verify([candidate(i, measured=sure, content="same") for i in range(3)], top_logprobs=20)
+    verdict = verify([response(i, measured=sure, content="same") for i in range(3)], top_logprobs=20)
     assert verdict is not None
     assert "identical" not in verdict.problems
 
@@ -268,7 +260,7 @@ def test_numbers_that_are_no_probabilities_are_found():
     payload: Any = profile_logprobs("!...")
     payload["content"][0]["top_logprobs"].append({"token": "x", "logprob": -0.01})
     payload["content"][1]["logprob"] = -9999.0
-    verdict = verify([candidate(measured=token_signals(payload)), candidate()], top_logprobs=20)
+    verdict = verify([response(measured=token_signals(payload)), response()], top_logprobs=20)
     assert verdict is not None
     assert verdict.problems["sums"] == "the alternatives of a token have a total probability of 1.99"
     assert verdict.problems["sentinels"] == "1 of 4 drawn tokens have no number of their own"
@@ -280,7 +272,7 @@ def test_sums_above_one_are_found_and_survive_every_packing(n: int, excess: floa
     found = token_signals({"content": [{"logprob": -0.7, "top_logprobs": alternatives}] * n})
     assert found.excess == pytest.approx(excess, abs=1e-6)
     assert token_signals(pack_logprobs(lambda: found)).excess == found.excess
-    kept = Candidate.from_builtins(candidate(measured=found).to_builtins()).signals
+    kept = Candidate.from_builtins(response(measured=found).to_builtins()).signals
     assert kept is not None
     assert kept.excess == found.excess
 
@@ -288,12 +280,12 @@ def test_sums_above_one_are_found_and_survive_every_packing(n: int, excess: floa
 @pytest.mark.parametrize(
     ("candidates", "covered"),
     [
-        ([candidate(call=True, measured=signals())], "all"),
-        ([candidate(call=True)], "none"),
-        ([candidate(0, measured=signals()), candidate(1, call=True)], "none"),
-        ([candidate(0, call=True, measured=signals()), candidate(1, call=True)], "partial"),
-        ([candidate(call=True, measured=signals(5))], "partial"),
-        ([candidate(measured=signals())], "unknown"),
+        ([response(call=True, measured=signals())], "all"),
+        ([response(call=True)], "none"),
+        ([response(0, measured=signals()), response(1, call=True)], "none"),
+        ([response(0, call=True, measured=signals()), response(1, call=True)], "partial"),
+        ([response(call=True, measured=signals(5))], "partial"),
+        ([response(measured=signals())], "unknown"),
     ],
 )
 def test_tool_calls_are_judged_by_their_own(candidates: list[Candidate], covered: str):
@@ -304,13 +296,13 @@ def test_tool_calls_are_judged_by_their_own(candidates: list[Candidate], covered
 
 
 def test_responses_that_show_nothing_give_no_verdict():
-    refused = candidate(flaws={"refused": "no"})
-    assert verify([candidate(content=""), refused], top_logprobs=20) is None
+    refused = response(flaws={"refused": "no"})
+    assert verify([response(content=""), refused], top_logprobs=20) is None
     assert verify([], top_logprobs=20) is None
 
 
 def test_reasoning_that_the_token_limit_cut_off_shows_as_much_as_an_answer():
-    verdict = verify([candidate(content="", measured=signals()) for _ in range(2)], top_logprobs=20)
+    verdict = verify([response(content="", measured=signals()) for _ in range(2)], top_logprobs=20)
     assert verdict is not None
     assert verdict.usable
     assert "identical" not in verdict.problems
@@ -318,7 +310,7 @@ def test_reasoning_that_the_token_limit_cut_off_shows_as_much_as_an_answer():
 
 def test_a_bad_verdict_stops_the_next_request_and_can_be_forgotten():
     where = endpoint("", base_url="http://127.0.0.1:1/v1")
-    verdict = verify([candidate()], top_logprobs=20)
+    verdict = verify([response()], top_logprobs=20)
     assert verdict is not None
     remember(where, verdict, tools=False)
     assert verdict_on(where, tools=True) is None
@@ -329,8 +321,8 @@ def test_a_bad_verdict_stops_the_next_request_and_can_be_forgotten():
 
 
 def test_that_nothing_can_be_measured_is_believed_for_a_while_only(monkeypatch: pytest.MonkeyPatch):
-    where, verdict = endpoint(""), verify([candidate()], top_logprobs=20)
-    calls = verify([candidate(call=True)], top_logprobs=20)
+    where, verdict = endpoint(""), verify([response()], top_logprobs=20)
+    calls = verify([response(call=True)], top_logprobs=20)
     assert verdict is not None
     assert calls is not None
     remember(where, verdict, tools=False)
@@ -342,7 +334,7 @@ def test_that_nothing_can_be_measured_is_believed_for_a_while_only(monkeypatch: 
 
 def test_a_good_verdict_outweighs_the_table():
     where = endpoint("openai", "gpt-4o")
-    verdict = verify([candidate(call=True, measured=signals())], top_logprobs=20)
+    verdict = verify([response(call=True, measured=signals())], top_logprobs=20)
     assert verdict is not None
     remember(where, verdict, tools=True)
     refuse_unsupported(where, top_logprobs=20, tools=True)

@@ -8,6 +8,7 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
+from helpers.waiting import until
 
 from ec_agents.embedded import EmbeddedChatModel
 from ec_agents.errors import ConfigError
@@ -186,13 +187,10 @@ def test_faults_leave_the_served_response_as_it_was():
 async def test_a_client_that_gives_up_is_counted():
     with FaultServer(faults=["hang"]) as server:
         call = asyncio.create_task(post(server, ASK))
-        async with asyncio.timeout(5):
-            while not server.in_flight:  # noqa: ASYNC110 - the server runs in another thread
-                await asyncio.sleep(0.005)
-            assert server.connections == 1
-            call.cancel()
-            while server.in_flight or server.connections:  # noqa: ASYNC110
-                await asyncio.sleep(0.005)
+        await until(lambda: server.in_flight == 1)
+        assert server.connections == 1
+        call.cancel()
+        await until(lambda: not server.in_flight and not server.connections)
         assert server.abandoned == 1
 
 
