@@ -1,6 +1,6 @@
-"""How long a step waits: time limits, second requests, retries, and how many requests run at once.
+"""Timeouts, retries, hedging and concurrency limits of a step.
 
-``sampling`` decides what a step needs; this module gets one response, and ends what is no longer needed.
+``sampling`` decides how many responses a step needs; this module gets one, and cancels what is no longer needed.
 """
 
 import asyncio
@@ -34,12 +34,12 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0
 
 
 class Limiter:
-    """At most so many requests at once, over everything that shares the object: agents, event loops, threads.
+    """Limit concurrent requests across everything that shares the object: agents, event loops, threads.
 
-    Waiters are served in the order in which they came.
+    Waiters are served first come, first served.
 
     Args:
-        limit: How many requests may be under way.
+        limit: Most requests in flight at once.
 
     Raises:
         ConfigError: ``limit`` is below 1.
@@ -89,31 +89,33 @@ class Limiter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingPolicy:
-    """What a step needs, and how long it waits for it.
+    """How many responses a step needs and how long it waits for them.
+
+    Wherever a policy is expected, a number is the ``timeout`` of a call in seconds.
 
     Raises:
         ConfigError: A value is out of range.
     """
 
     min_candidates: int = 1
-    """Fewer successful calls than this are an error."""
+    """Raise ``SamplingError`` if fewer calls than this succeed."""
     first: int | None = None
-    """Enough candidates: when so many calls have succeeded, the others are cancelled. None waits for all."""
+    """Cancel the other calls once this many have succeeded; None waits for all."""
     timeout: float | None = None
-    """Seconds that one call may take once it is under way; None waits for ever."""
+    """Seconds that one call may take, excluding queueing; None waits indefinitely."""
     deadline: float | None = None
-    """Seconds that the whole step may take, waiting for a place included; what is there by then counts."""
+    """Seconds that the whole step may take, including queueing; responses received by then count."""
     hedge_after: float | None = None
-    """Seconds after which a call that is under way is sent once more; the first answer counts. None: never."""
+    """Seconds after which a call in flight is sent a second time; the first response wins. None never hedges."""
     retries: int = 0
-    """How often a call is sent again after a lost connection or a status 408, 409, 425, 429 or 5xx.
+    """How often a call is retried after a lost connection or a status 408, 409, 425, 429 or 5xx.
 
-    ``Retry-After`` is honoured up to 120 s. Clients retry too: give them ``max_retries=0`` if this is above 0.
+    ``Retry-After`` is honoured up to 120 s. Clients retry too: set their ``max_retries=0`` if this is above 0.
     """
     max_concurrency: int | None = None
-    """At most so many calls of a step at once; None starts all."""
+    """Most calls of a step in flight at once; None starts all."""
     limiter: Limiter | None = None
-    """A limit shared with other steps and agents."""
+    """A concurrency limit shared with other steps and agents."""
 
     def __post_init__(self) -> None:
         """Check everything that does not depend on N."""
@@ -133,11 +135,29 @@ class SamplingPolicy:
             ConfigError: ``n``, ``min_candidates`` or ``first`` is out of range.
         """
         _check_count("n", n, 1)
-        if not _is_count(self.min_candidates) or not 1 <= self.min_candidates <= n:
-            raise ConfigError(f"min_candidates must be from 1 to n={n}; found {self.min_candidates}")
-        if self.first is not None and not (_is_count(self.first) and self.min_candidates <= self.first <= n):
-            least = self.min_candidates
-            raise ConfigError(f"first must be from min_candidates={least} to n={n}, or None; found {self.first}")
+        least = self.min_candidates
+        if not _is_count(least) or not 1 <= least <= n:
+            raise ConfigError(f"min_candidates must be an integer from 1 to n={n}; found {least!r}")
+        if self.first is not None and not (_is_count(self.first) and least <= self.first <= n):
+            raise ConfigError(f"first must be from min_candidates={least} to n={n}, or None; found {self.first!r}")
+
+
+def as_policy(policy: SamplingPolicy | float | None) -> SamplingPolicy:
+    """Return the policy; a number is the timeout of a call in seconds, None the default policy.
+
+    Raises:
+        ConfigError: It is something else, or the number is not above 0.
+    """
+    found: object = policy
+    if isinstance(found, SamplingPolicy):
+        return found
+    if found is None:
+        return SamplingPolicy()
+    if isinstance(found, int | float) and not isinstance(found, bool):
+        return SamplingPolicy(timeout=found)
+    raise ConfigError(
+        f"policy must be a SamplingPolicy, the timeout of a call in seconds, or None; found {type(found).__name__}"
+    )
 
 
 async def respond(
@@ -146,13 +166,15 @@ async def respond(
     gate: AbstractAsyncContextManager[Any],
     give_up_at: float,
 ) -> _T:
-    """The response to one request, sent again where the policy says so.
+    """Return the response to one request, with the timeout, retries and hedging of the policy.
+
+    A request that is backing off releases its slot.
 
     Args:
         send: Starts the request.
-        policy: Time limit, second request, retries, shared limit.
-        gate: The step's own limit.
-        give_up_at: Loop time after which no answer is of use.
+        policy: Timeout, hedging, retries, shared limiter.
+        gate: The step's own concurrency limit.
+        give_up_at: Loop time after which a response is useless.
     """
 
     async def attempt(on_start: Callable[[], object] = lambda: None) -> _T:
@@ -172,9 +194,9 @@ async def respond(
 
 
 async def finish(tasks: Iterable[asyncio.Task[Any]], enough: Callable[[], bool], give_up_at: float) -> None:
-    """Wait until all are done, enough is there, or it is too late; then cancel the rest and see them end.
+    """Wait until all tasks are done, there are enough results, or it is too late; then cancel and await the rest.
 
-    A task that raises ends the wait, and its exception passes.
+    A task that raises ends the wait, and its exception propagates.
     """
     everything, pending = set(tasks), set(tasks)
     now = asyncio.get_running_loop().time
@@ -227,7 +249,7 @@ def _is_temporary(failure: BaseException, status: int | None) -> bool:
 
 
 async def _hedged(attempt: Callable[..., Coroutine[Any, Any, _T]], seconds: float) -> _T:
-    """The answer of the attempt or, if it has none so long after its start, of whichever of two succeeds first."""
+    """Return the first success of the attempt and, ``seconds`` after its start, of a second one."""
     late = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -254,7 +276,7 @@ async def _hedged(attempt: Callable[..., Coroutine[Any, Any, _T]], seconds: floa
 
 
 async def _within(seconds: float | None, response: Awaitable[_T]) -> _T:
-    """The response, or a ``TimeoutError`` that says how long was waited."""
+    """Return the response, or raise a ``TimeoutError`` that names the limit."""
     limit = asyncio.timeout(seconds)
     try:
         async with limit:
@@ -266,7 +288,7 @@ async def _within(seconds: float | None, response: Awaitable[_T]) -> _T:
 
 
 async def _end(tasks: Collection[asyncio.Task[Any]]) -> None:
-    """Cancel the tasks and see them end, even if this is cancelled meanwhile."""
+    """Cancel and await the tasks, even if this task is cancelled meanwhile."""
     cancelled: asyncio.CancelledError | None = None
     for task in tasks:
         task.cancel()
@@ -317,9 +339,9 @@ def _is_count(value: object) -> bool:
 
 def _check_count(name: str, value: object, least: int, rest: str = "") -> None:
     if not _is_count(value) or cast("int", value) < least:
-        raise ConfigError(f"{name} must be {least} or more{rest}; found {value}")
+        raise ConfigError(f"{name} must be an integer, {least} or more{rest}; found {value!r}")
 
 
 def _check_seconds(name: str, value: object) -> None:
-    if value is not None and not (isinstance(value, int | float) and value > 0):
-        raise ConfigError(f"{name} must be above 0 seconds, or None; found {value}")
+    if value is not None and not (isinstance(value, int | float) and not isinstance(value, bool) and value > 0):
+        raise ConfigError(f"{name} must be above 0 seconds, or None; found {value!r}")

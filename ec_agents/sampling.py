@@ -17,7 +17,7 @@ from langgraph.errors import GraphBubbleUp
 from ec_agents.candidates import Candidate, CandidateSet
 from ec_agents.errors import ConfigError, SamplingError
 from ec_agents.messages import as_candidate
-from ec_agents.policy import SamplingPolicy, finish, respond
+from ec_agents.policy import SamplingPolicy, as_policy, finish, respond
 
 _T = TypeVar("_T")
 
@@ -29,27 +29,21 @@ async def sample(
     call: Callable[[int], Awaitable[Any]],
     *,
     n: int,
-    policy: SamplingPolicy | None = None,
-    min_candidates: int | None = None,
-    timeout: float | None = None,  # noqa: ASYNC109 - a limit of each call, not of this function
-    max_concurrency: int | None = None,
-    parse: Callable[[Any, int], Candidate] | None = None,
+    policy: SamplingPolicy | float | None = None,
+    parse: Callable[[Any, int], Candidate] = as_candidate,
     on_result: Callable[[int, Candidate | BaseException], None] = _ignore,
 ) -> CandidateSet:
-    """Call the model N times at once and keep what succeeds.
+    """Sample N responses concurrently and keep those that succeed.
 
-    A call that fails or hangs takes no other call down. Cancelling this coroutine cancels every call, and none outlives
-    it. LangGraph's interrupts pass.
+    A failed call does not affect the others. Cancelling this coroutine cancels every call, and no call outlives it.
+    LangGraph's interrupts propagate.
 
     Args:
-        call: Index 0..N-1 → awaitable of one response. A call that is sent again gets the same index.
+        call: Index 0..N-1 → awaitable of one response. A retried call gets the same index.
         n: How many candidates.
-        policy: What the step needs and how long it waits; by default all N, for ever.
-        min_candidates: Instead of the policy's: fewer successes than this are an error.
-        timeout: Instead of the policy's: seconds that one call may take once it is under way.
-        max_concurrency: Instead of the policy's: at most so many calls at once.
-        parse: Response and index → candidate; by default ``as_candidate``.
-        on_result: Told the index and the candidate or failure of each call as it ends.
+        policy: Timeouts, retries, hedging and limits; a number is the timeout of a call in seconds. None waits for all.
+        parse: Response and index → candidate.
+        on_result: Called with the index and the candidate or failure of each call as it ends.
 
     Returns:
         Candidates in index order, whatever order they came in; raw responses and failures by index.
@@ -66,10 +60,10 @@ async def sample(
         >>> [candidate.content for candidate in asyncio.run(sample(call, n=2)).candidates]
         ['answer 0', 'answer 1']
     """
-    policy = check_sampling(n, min_candidates, timeout, max_concurrency, policy)
+    policy = as_policy(policy)
+    policy.check(n)
     gate = nullcontext() if policy.max_concurrency is None else asyncio.Semaphore(policy.max_concurrency)
     give_up_at = math.inf if policy.deadline is None else asyncio.get_running_loop().time() + policy.deadline
-    to_candidate = parse or as_candidate
     drawn: dict[int, tuple[Any, Candidate]] = {}
     failures: dict[int, BaseException] = {}
 
@@ -79,7 +73,7 @@ async def sample(
     async def one(index: int) -> None:
         try:
             response, seconds = await respond(lambda: _timed(call(index)), policy, gate, give_up_at)
-            candidate = _with_seconds(to_candidate(response, index), seconds)
+            candidate = _with_seconds(parse(response, index), seconds)
         except GraphBubbleUp:
             raise
         except (Exception, asyncio.CancelledError) as failure:
@@ -109,14 +103,16 @@ def run_blocking(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
     """Run a coroutine from synchronous code, in any thread, whether or not that thread has a running loop.
 
     All such work shares one background loop, so a client's pooled connections stay usable from one call to the next.
-    The caller's context variables hold inside; interrupting the caller cancels the work.
+    The caller's context variables are visible inside; interrupting the caller cancels the work.
 
     Raises:
-        ConfigError: The caller is such work itself, and would wait for its own loop.
+        ConfigError: The caller already runs on that loop and would deadlock.
     """
     (loop, thread), tasks = _background_loop(), list[asyncio.Task[_T]]()
     if threading.current_thread() is thread:
-        raise ConfigError("a synchronous call from within a sampled call would wait for itself; await it instead")
+        raise ConfigError(
+            "a synchronous call inside a sampled call would deadlock; await the asynchronous method instead"
+        )
     done: Future[_T] = Future()
     context = copy_context()
 
@@ -133,24 +129,6 @@ def run_blocking(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         raise
 
 
-def check_sampling(
-    n: int,
-    min_candidates: int | None = None,
-    timeout: float | None = None,
-    max_concurrency: int | None = None,
-    policy: SamplingPolicy | None = None,
-) -> SamplingPolicy:
-    """The policy of a step: ``policy``, or its default, with the values that are given instead.
-
-    Raises:
-        ConfigError: One of them is out of range.
-    """
-    given = {"min_candidates": min_candidates, "timeout": timeout, "max_concurrency": max_concurrency}
-    resolved = replace(policy or SamplingPolicy(), **{name: v for name, v in given.items() if v is not None})
-    resolved.check(n)
-    return resolved
-
-
 async def _timed(response: Awaitable[_T]) -> tuple[_T, float]:
     now = asyncio.get_running_loop().time
     started = now()
@@ -158,12 +136,12 @@ async def _timed(response: Awaitable[_T]) -> tuple[_T, float]:
 
 
 def _with_seconds(candidate: Candidate, seconds: float) -> Candidate:
-    """The candidate with its time, unless it has one: it may have been drawn before."""
+    """Return the candidate with its latency, unless it has one from an earlier attempt of the step."""
     return candidate if candidate.seconds is not None else replace(candidate, seconds=seconds)
 
 
 def _unanswered(policy: SamplingPolicy, *, enough: bool) -> BaseException:
-    """Why a call that was cut off is not among the results."""
+    """Explain why a cancelled call is missing from the results."""
     if enough:
         return asyncio.CancelledError(f"not needed: {policy.first} other calls succeeded before (first)")
     return TimeoutError(f"no answer within {policy.deadline or 0:g} s of the start of the step (deadline)")
@@ -181,14 +159,14 @@ def _too_few(found: int, n: int, needed: int, failures: dict[int, BaseException]
 
 
 def _is_cancelled() -> bool:
-    """Whether this task is being cancelled from outside, as opposed to awaiting something that was."""
+    """Tell whether this task itself is being cancelled, as opposed to awaiting something cancelled."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
 @cache
 def _background_loop() -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
-    """The loop of synchronous callers, and the daemon thread of its own in which it runs."""
+    """Return the event loop that serves synchronous callers, and its daemon thread."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="ec_agents-sampling", daemon=True)
     thread.start()

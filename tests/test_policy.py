@@ -436,10 +436,10 @@ def test_a_waiter_of_a_loop_that_is_gone_does_not_block_the_others():
         ({"hedge_after": float("nan")}, "hedge_after must be above 0 seconds"),
         ({"hedge_after": 5, "timeout": 5}, "hedge_after must be below timeout and deadline; found 5 s"),
         ({"hedge_after": 5, "deadline": 3}, "hedge_after must be below timeout and deadline"),
-        ({"retries": -1}, "retries must be 0 or more; found -1"),
-        ({"retries": 1.5}, "retries must be 0 or more; found 1.5"),
-        ({"timeout": "5"}, "timeout must be above 0 seconds, or None; found 5"),
-        ({"min_candidates": True}, "min_candidates must be from 1 to n=4; found True"),
+        ({"retries": -1}, "retries must be an integer, 0 or more; found -1"),
+        ({"retries": 1.5}, "retries must be an integer, 0 or more; found 1.5"),
+        ({"timeout": "5"}, "timeout must be above 0 seconds, or None; found '5'"),
+        ({"min_candidates": True}, "min_candidates must be an integer from 1 to n=4; found True"),
     ],
 )
 async def test_a_policy_out_of_range_is_refused(arguments: dict[str, Any], message: str):
@@ -448,15 +448,17 @@ async def test_a_policy_out_of_range_is_refused(arguments: dict[str, Any], messa
 
 
 def test_a_limit_below_one_is_refused():
-    with pytest.raises(ConfigError, match="limit must be 1 or more; found 0"):
+    with pytest.raises(ConfigError, match="limit must be an integer, 1 or more; found 0"):
         Limiter(0)
 
 
-async def test_what_is_given_beside_a_policy_is_taken_instead():
+async def test_number_as_policy():
+    """A number is the timeout of each call."""
+
     async def call(index: int) -> Any:
         return await (hang(index) if index == 0 else answer(index))
 
-    drawn = await sample(call, n=2, policy=SamplingPolicy(timeout=60), timeout=0.05)
+    drawn = await sample(call, n=2, policy=0.05)
     assert "0.05 s (timeout)" in str(drawn.failures[0])
 
 
@@ -464,7 +466,7 @@ def test_a_synchronous_step_inside_a_sampled_call_is_refused_instead_of_waiting_
     async def call(index: int) -> Any:
         return run_blocking(lambda: sample(answer, n=1))
 
-    with pytest.raises(SamplingError, match="ConfigError: a synchronous call .* await it instead"):
+    with pytest.raises(SamplingError, match="ConfigError: a synchronous call .* deadlock"):
         run_blocking(lambda: sample(call, n=1))
 
 

@@ -15,6 +15,7 @@ from openai.types.chat import ChatCompletion
 from ec_agents.candidates import Candidate
 from ec_agents.errors import ConfigError, LogprobsMalformed, SamplingError
 from ec_agents.messages import as_candidate, message_candidate
+from ec_agents.policy import SamplingPolicy
 from ec_agents.sampling import run_blocking, sample
 from ec_agents.testing import Reply, profile_logprobs
 
@@ -55,7 +56,7 @@ async def test_calls_run_at_the_same_time_up_to_max_concurrency():
     await sample(call, n=8)
     assert peak == 8
     peak = 0
-    await sample(call, n=8, max_concurrency=3)
+    await sample(call, n=8, policy=SamplingPolicy(max_concurrency=3))
     assert peak == 3
 
 
@@ -68,7 +69,7 @@ async def test_each_call_is_timed_without_what_it_waited_for_its_turn(monkeypatc
         clock += index + 1
         return Reply(content="a").message()
 
-    drawn = await sample(call, n=3, max_concurrency=1)
+    drawn = await sample(call, n=3, policy=SamplingPolicy(max_concurrency=1))
     assert [c.seconds for c in drawn.candidates] == [1, 2, 3]
 
 
@@ -87,7 +88,7 @@ async def test_a_hung_call_is_given_up_after_its_timeout():
     async def call(index: int) -> AIMessage:
         return await (hang(index) if index == 0 else answer(index))
 
-    drawn = await sample(call, n=3, timeout=0.1)
+    drawn = await sample(call, n=3, policy=0.1)
     assert [c.index for c in drawn.candidates] == [1, 2]
     assert str(drawn.failures[0]) == "no answer within 0.1 s (timeout)"
     assert not others()
@@ -98,7 +99,7 @@ async def test_the_timeout_counts_from_when_a_call_is_under_way():
         await asyncio.sleep(0.05)
         return await answer(index)
 
-    assert len((await sample(call, n=6, max_concurrency=1, timeout=0.2)).candidates) == 6
+    assert len((await sample(call, n=6, policy=SamplingPolicy(max_concurrency=1, timeout=0.2))).candidates) == 6
 
 
 async def test_a_timeout_of_the_call_itself_keeps_its_message():
@@ -107,7 +108,7 @@ async def test_a_timeout_of_the_call_itself_keeps_its_message():
             return await answer(index)
         raise TimeoutError("the server is slow")
 
-    assert str((await sample(call, n=2, timeout=5)).failures[0]) == "the server is slow"
+    assert str((await sample(call, n=2, policy=5)).failures[0]) == "the server is slow"
 
 
 async def test_too_few_successes_are_an_error_that_holds_every_failure():
@@ -118,7 +119,7 @@ async def test_too_few_successes_are_an_error_that_holds_every_failure():
 
     expected = r"2 of 4 calls succeeded, 3 needed \(min_candidates\); first failure: ValueError: boom 2"
     with pytest.raises(SamplingError, match=expected) as caught:
-        await sample(call, n=4, min_candidates=3)
+        await sample(call, n=4, policy=SamplingPolicy(min_candidates=3))
     assert {i: str(e) for i, e in caught.value.failures.items()} == {2: "boom 2", 3: "boom 3"}
 
 
@@ -167,12 +168,26 @@ async def test_interrupts_pass_and_take_the_other_calls_along():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n": 0}, "n must be 1 or more; found 0"),
-        ({"n": 2, "min_candidates": 3}, "min_candidates must be from 1 to n=2; found 3"),
-        ({"n": 2, "min_candidates": 0}, "min_candidates must be from 1 to n=2; found 0"),
-        ({"n": 2, "timeout": 0}, "timeout must be above 0 seconds, or None; found 0"),
-        ({"n": 2, "timeout": float("nan")}, "timeout must be above 0 seconds, or None; found nan"),
-        ({"n": 2, "max_concurrency": 0}, "max_concurrency must be 1 or more, or None; found 0"),
+        ({"n": 0}, "n must be an integer, 1 or more; found 0"),
+        (
+            {"n": 2, "policy": SamplingPolicy(min_candidates=3)},
+            "min_candidates must be an integer from 1 to n=2; found 3",
+        ),
+        (
+            {"n": 2, "policy": SamplingPolicy(min_candidates=0)},
+            "min_candidates must be an integer from 1 to n=2; found 0",
+        ),
+        ({"n": 2, "policy": 0}, "timeout must be above 0 seconds, or None; found 0"),
+        ({"n": 2, "policy": float("nan")}, "timeout must be above 0 seconds, or None; found nan"),
+        ({"n": "8"}, "n must be an integer, 1 or more; found '8'"),
+        (
+            {"n": 2, "policy": {}},
+            "policy must be a SamplingPolicy, the timeout of a call in seconds, or None; found dict",
+        ),
+        (
+            {"n": 2, "policy": True},
+            "policy must be a SamplingPolicy, the timeout of a call in seconds, or None; found bool",
+        ),
     ],
 )
 async def test_arguments_out_of_range_are_refused_before_any_call(arguments: dict[str, Any], message: str):

@@ -27,13 +27,12 @@ from pydantic import PrivateAttr
 from ec_agents.agents.step import chosen_message, decide, record_step, step_name, stream_writer
 from ec_agents.agents.step_request import StepModel, StepRequest, calling
 from ec_agents.candidates import Candidate, CandidateSet, Selection
-from ec_agents.errors import ConfigError
 from ec_agents.messages import OneChunkModel, bound_action_problem, message_candidate
-from ec_agents.policy import SamplingPolicy
-from ec_agents.sampling import check_sampling, run_blocking, sample
-from ec_agents.selection import Selector
+from ec_agents.policy import as_policy
+from ec_agents.sampling import run_blocking
+from ec_agents.selection import as_selector
 from ec_agents.servers.json_actions import ActionFormat
-from ec_agents.trace import TraceWriter
+from ec_agents.trace import as_trace_writer
 
 _REMEMBERED = 1000
 """Runs whose last number is remembered."""
@@ -72,22 +71,14 @@ class CentroidChatModel(OneChunkModel):
     n: int = 8
     """How many candidates."""
     selector: Any = None
-    """A ``Selector``: how to choose; None takes the lowest entropy centroid."""
+    """How to choose: a ``Selector``, a scorer or vote, or a name; None takes the lowest entropy centroid."""
     top_logprobs: int | None = 20
     """Alternatives to ask for at each token; None asks for nothing."""
     action_format: str = "auto"
     """With tools: ``native`` tool calls; ``json``: actions as JSON in the content, where their tokens are measured;
     ``auto``: ``json`` where tool calls carry no log-probabilities."""
     policy: Any = None
-    """A ``SamplingPolicy``: what a call needs and how long it waits; None waits for all N."""
-    min_candidates: int | None = None
-    """Instead of the policy's: fewer successful calls than this are an error."""
-    max_concurrency: int | None = None
-    """Instead of the policy's: at most so many calls at once."""
-    timeout: float | None = None
-    """Instead of the policy's: seconds that one call may take."""
-    max_retries: int | None = None
-    """Instead of the policy's ``retries``: how often a failed call is sent again."""
+    """A ``SamplingPolicy``, or the timeout of a call in seconds; None waits for all N."""
     temperature: float | None = None
     """Sent with each call; None leaves it to the model."""
     max_tokens: int | None = None
@@ -97,7 +88,7 @@ class CentroidChatModel(OneChunkModel):
     trace_candidates: bool = False
     """Whether tracers see the N calls, as children of this one."""
     trace: Any = None
-    """A ``TraceWriter``: records every call as a step.
+    """A ``TraceWriter`` or the path of a file: records every call as a step.
 
     ``metadata`` of the configuration may name the run (``ec_run``) and its task (``ec_task``); otherwise a run is what
     has one ``thread_id``, or one conversation. Its steps are numbered as they are recorded."""
@@ -110,13 +101,12 @@ class CentroidChatModel(OneChunkModel):
         super().__init__(**fields)
         # Here rather than in pydantic's validators, which would turn ConfigError into their own ValidationError, and
         # cannot describe the protocols that a selector holds.
-        for name, kind in (("selector", Selector), ("policy", SamplingPolicy), ("trace", TraceWriter)):
-            found = getattr(self, name)
-            if not isinstance(found, kind | None):
-                raise ConfigError(f"{name} must be a {kind.__name__} or None; found {type(found).__name__}")
+        self.selector = as_selector(self.selector)
+        self.trace = as_trace_writer(self.trace)
+        self.policy = as_policy(self.policy)
+        self.policy.check(self.n)
         action_format = cast("ActionFormat", self.action_format)
         self._step = StepModel(self.model, top_logprobs=self.top_logprobs, action_format=action_format)
-        self._policy()
 
     def bind_tools(
         self,
@@ -168,10 +158,6 @@ class CentroidChatModel(OneChunkModel):
         options = {"temperature": self.temperature, "max_tokens": self.max_tokens, "stop": stop or self.stop or None}
         return {name: value for name, value in options.items() if value is not None}
 
-    def _policy(self) -> SamplingPolicy:
-        policy = check_sampling(self.n, self.min_candidates, self.timeout, self.max_concurrency, self.policy)
-        return policy if self.max_retries is None else replace(policy, retries=self.max_retries)
-
     async def _choose(
         self, messages: list[BaseMessage], run_manager: RunManager | None, options: dict[str, Any]
     ) -> ChatResult:
@@ -187,10 +173,10 @@ class CentroidChatModel(OneChunkModel):
 
         # Without this, tracing that the environment switches on would show the N calls as runs of their own.
         with tracing_context(enabled=None if self.trace_candidates else False):
-            sampling = partial(sample, policy=self._policy())
-            drawn = await StepRequest(self._step, options, self.n).draw(sampling, ask, write=write, parse=parse)
+            request = StepRequest(self._step, options, self.n, policy=self.policy, parse=parse)
+            drawn = await request.draw(ask, write=write)
         seconds = time.perf_counter() - started
-        selection, record, _ = decide(self.selector or Selector(), drawn, write)
+        selection, record, _ = decide(self.selector, drawn, write)
         if self.trace is not None:
             record |= await self._recorded(messages, drawn, selection, run_manager, seconds)
         message = chosen_message(drawn.messages[selection.chosen], record)

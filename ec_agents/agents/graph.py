@@ -7,7 +7,7 @@ a crash there does not pay for the N calls again; only the chosen message enters
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
 from langchain_core.language_models import LanguageModelInput
@@ -46,11 +46,12 @@ from ec_agents.agents.step_request import StepModel, StepRequest, calling
 from ec_agents.candidates import FORMAT, Candidate, CandidateSet
 from ec_agents.errors import FailedCall, StateError
 from ec_agents.messages import invalid_action, message_candidate
-from ec_agents.policy import SamplingPolicy
-from ec_agents.sampling import check_sampling, run_blocking, sample
-from ec_agents.selection import Selector
+from ec_agents.policy import SamplingPolicy, as_policy
+from ec_agents.sampling import run_blocking
+from ec_agents.scoring import Scorer
+from ec_agents.selection import Selector, as_selector
 from ec_agents.servers.json_actions import ActionFormat
-from ec_agents.trace import TraceWriter
+from ec_agents.trace import TraceWriter, as_trace_writer
 
 Tool = BaseTool | Callable[..., Any] | dict[str, Any]
 State = Mapping[str, Any]
@@ -78,10 +79,7 @@ class SamplingNode(Runnable[Any, dict[str, Any]]):
         system_prompt: Put before the messages, not stored in them.
         action_format: ``native`` tool calls; ``json``: actions as JSON in the content, where their tokens are measured;
             ``auto``: ``json`` where tool calls carry no log-probabilities.
-        policy: What a step needs and how long it waits.
-        min_candidates: Instead of the policy's: fewer successful calls than this are an error.
-        timeout: Instead of the policy's: seconds that one call may take.
-        max_concurrency: Instead of the policy's: at most so many calls at once.
+        policy: Timeouts, retries, hedging and limits of a step; a number is the timeout of a call in seconds.
 
     Raises:
         ConfigError: An argument is out of range, the model is no chat model, or its temperature is 0 with several
@@ -101,17 +99,15 @@ class SamplingNode(Runnable[Any, dict[str, Any]]):
         top_logprobs: int | None = 20,
         system_prompt: str | SystemMessage | None = None,
         action_format: ActionFormat = "auto",
-        policy: SamplingPolicy | None = None,
-        min_candidates: int | None = None,
-        timeout: float | None = None,
-        max_concurrency: int | None = None,
+        policy: SamplingPolicy | float | None = None,
     ) -> None:
-        policy = check_sampling(n, min_candidates, timeout, max_concurrency, policy)
+        policy = as_policy(policy)
+        policy.check(n)
         self.name = "sample"
         self.n = n
-        self._sample = partial(sample, policy=policy)
         self._model = StepModel(model, top_logprobs=top_logprobs, action_format=action_format)
-        self._request = StepRequest(self._model, self._model.with_tools(tools) if tools else self._model.options, n)
+        options = self._model.with_tools(tools) if tools else self._model.options
+        self._request = StepRequest(self._model, options, n, policy=policy, parse=self._parse)
         self._request.refuse()
         self._tools = _tools_by_name(tools)
         self._prompt = [SystemMessage(system_prompt)] if isinstance(system_prompt, str) else [system_prompt]
@@ -130,7 +126,7 @@ class SamplingNode(Runnable[Any, dict[str, Any]]):
         prompt = [message for message in self._prompt if message is not None]
         messages: list[BaseMessage] = [*prompt, *state["messages"]]
         ask = calling(messages, merge_configs(self._model.config, config))
-        drawn = await self._request.draw(self._sample, ask, write=write, parse=self._parse)
+        drawn = await self._request.draw(ask, write=write)
         return {"ec_candidates": {**pack_candidates(drawn), "seconds": time.perf_counter() - started}}
 
     def _parse(self, response: AIMessage, index: int) -> Candidate:
@@ -147,19 +143,22 @@ class CentroidScorerNode(Runnable[Any, dict[str, Any]]):
     The message's ``response_metadata["ec_agents"]`` says scores, chosen, margin, reason, and the usage of all N.
 
     Args:
-        selector: How to choose; by default the lowest entropy centroid.
-        trace: Records every step. ``metadata`` of the configuration may name the run (``ec_run``) and its task
-            (``ec_task``).
+        selector: A ``Selector``, a scorer or vote, or a name such as ``"majority"``; by default the lowest entropy
+            centroid.
+        trace: Records every step: a ``TraceWriter`` or the path of a file. ``metadata`` of the configuration may name
+            the run (``ec_run``) and its task (``ec_task``).
 
     Raises:
         SelectionError: At run time: nothing could be scored, and the selector's fallback is ``"raise"``.
         StateError: At run time: the state holds no candidates, or another version's.
     """
 
-    def __init__(self, selector: Selector | None = None, *, trace: TraceWriter | None = None) -> None:
+    def __init__(
+        self, selector: Selector | Scorer | str | None = None, *, trace: TraceWriter | str | Path | None = None
+    ) -> None:
         self.name = "score"
-        self.selector = selector or Selector()
-        self.trace = trace
+        self.selector = as_selector(selector)
+        self.trace = as_trace_writer(trace)
 
     def invoke(self, input: State, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:  # noqa: A002, ARG002
         """Choose among the candidates in the state."""
@@ -186,15 +185,12 @@ def create_centroid_agent(
     tools: Sequence[Tool] | ToolNode = (),
     *,
     n: int = 8,
-    selector: Selector | None = None,
+    selector: Selector | Scorer | str | None = None,
     top_logprobs: int | None = 20,
     system_prompt: str | SystemMessage | None = None,
     action_format: ActionFormat = "auto",
-    policy: SamplingPolicy | None = None,
-    min_candidates: int | None = None,
-    timeout: float | None = None,
-    max_concurrency: int | None = None,
-    trace: TraceWriter | None = None,
+    policy: SamplingPolicy | float | None = None,
+    trace: TraceWriter | str | Path | None = None,
     state_schema: type[Any] = CentroidState,
     context_schema: type[Any] | None = None,
     checkpointer: BaseCheckpointSaver[Any] | bool | None = None,
@@ -211,15 +207,13 @@ def create_centroid_agent(
         tools: Tools, functions or provider tool dicts; or a ``ToolNode`` of one's own. A tool that raises is answered
             with its error, so that the model can react; a ``ToolNode`` of one's own decides for itself.
         n: Candidates a step.
-        selector: How to choose; by default the lowest entropy centroid.
+        selector: A ``Selector``, a scorer or vote, or a name such as ``"majority"``; by default the lowest entropy
+            centroid.
         top_logprobs: Alternatives to ask for at each token; None asks for nothing and leaves the model as it is.
         system_prompt: Put before the messages at every step, not stored in them.
         action_format: ``native`` tool calls; ``json``: actions as JSON in the content, where their tokens are measured;
             ``auto``: ``json`` where the provider's tool calls carry no log-probabilities.
-        policy: What a step needs and how long it waits: deadline, first k, second requests, retries, shared limits.
-        min_candidates: Instead of the policy's: fewer successful calls than this in a step are an error.
-        timeout: Instead of the policy's: seconds that one call may take.
-        max_concurrency: Instead of the policy's: at most so many calls of a step at once.
+        policy: Timeouts, first k, hedging, retries and limits of a step; a number is the timeout of a call in seconds.
         trace: Records every step; see ``CentroidScorerNode``.
         state_schema: ``CentroidState`` or an extension of it.
         context_schema: Type of the run-time context that tools may read.
@@ -255,9 +249,6 @@ def create_centroid_agent(
         system_prompt=system_prompt,
         action_format=action_format,
         policy=policy,
-        min_candidates=min_candidates,
-        timeout=timeout,
-        max_concurrency=max_concurrency,
     )
     graph = StateGraph[Any, Any, Any, Any](state_schema, context_schema)
     graph.add_node("sample", sampling).add_node("score", CentroidScorerNode(selector, trace=trace))

@@ -13,8 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, NotRequired, cast
 
+from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, ToolMessage, message_to_dict, messages_from_dict
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config
@@ -33,15 +35,16 @@ from ec_agents.agents.step import (
     unpacked,
     without_logprobs,
 )
-from ec_agents.agents.step_request import StepModels, StepRequest, Variants
+from ec_agents.agents.step_request import Options, StepModel, StepRequest, check_action_format, remembering
 from ec_agents.candidates import Candidate, CandidateSet
 from ec_agents.errors import ConfigError
 from ec_agents.messages import SIGNALS_KEY, invalid_action, message_candidate
-from ec_agents.policy import SamplingPolicy
-from ec_agents.sampling import check_sampling, run_blocking, sample
-from ec_agents.selection import Selector
+from ec_agents.policy import SamplingPolicy, as_policy
+from ec_agents.sampling import run_blocking
+from ec_agents.scoring import Scorer
+from ec_agents.selection import Selector, as_selector
 from ec_agents.servers.json_actions import ActionFormat
-from ec_agents.trace import TraceWriter
+from ec_agents.trace import TraceWriter, as_trace_writer
 
 try:
     from langchain.agents import AgentState
@@ -83,6 +86,7 @@ class _Step:
     request: Request
     asks: StepRequest
     n: int
+    tools: Mapping[str, BaseTool]
     config: RunnableConfig
     write: Write
     started: float
@@ -107,19 +111,17 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
     Args:
         n: How many candidates; or a function of the request (its state, tools, messages). ``ec_n`` in the run's context
             or in ``config["configurable"]`` goes before both.
-        selector: How to choose; by default the lowest entropy centroid.
+        selector: A ``Selector``, a scorer or vote, or a name such as ``"majority"``; by default the lowest entropy
+            centroid.
         top_logprobs: Alternatives to ask for at each token; None asks for nothing and leaves the model as it is.
         action_format: ``native`` tool calls; ``json``: actions as JSON in the content, where their tokens are measured;
             ``auto``: ``json`` where tool calls carry no log-probabilities.
-        policy: What a step needs and how long it waits.
-        min_candidates: Instead of the policy's: fewer successful calls than this are an error.
-        timeout: Instead of the policy's: seconds that one call may take. Synchronous calls cannot be cut off: the agent
-            goes on, and the thread ends with its call.
-        max_concurrency: Instead of the policy's: at most so many calls at once.
+        policy: Timeouts, retries, hedging and limits of a step; a number is the timeout of a call in seconds.
+            Synchronous calls cannot be cut off: the agent goes on, and the thread ends with its call.
         durable: Make each call a LangGraph task, so that a run that crashed repeats only the missing calls, and an
             interrupt in the same step does not draw again. Needs a checkpointer.
-        trace: Records every step. ``metadata`` of the configuration may name the run (``ec_run``) and its task
-            (``ec_task``).
+        trace: Records every step: a ``TraceWriter`` or the path of a file. ``metadata`` of the configuration may name
+            the run (``ec_run``) and its task (``ec_task``).
 
     Raises:
         ConfigError: An argument is out of range. At run time: so is the number of candidates; the temperature is 0 with
@@ -146,55 +148,47 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
     def __init__(
         self,
         n: int | Callable[[Request], int] = 8,
-        selector: Selector | None = None,
+        selector: Selector | Scorer | str | None = None,
         *,
         top_logprobs: int | None = 20,
         action_format: ActionFormat = "auto",
-        policy: SamplingPolicy | None = None,
-        min_candidates: int | None = None,
-        timeout: float | None = None,
-        max_concurrency: int | None = None,
+        policy: SamplingPolicy | float | None = None,
         durable: bool = False,
-        trace: TraceWriter | None = None,
+        trace: TraceWriter | str | Path | None = None,
     ) -> None:
         super().__init__()
-        limits = {"min_candidates": min_candidates, "timeout": timeout, "max_concurrency": max_concurrency}
         self.n = n
-        self.selector = selector or Selector()
+        self.selector = as_selector(selector)
         self.durable = durable
-        self.trace = trace
-        self._models = StepModels(top_logprobs=top_logprobs, action_format=action_format)
-        self._check = partial(check_sampling, policy=policy, **limits)
-        self._sample = partial(sample, policy=policy, **limits)
-        self._check(sys.maxsize if callable(n) else n)
+        self.trace = as_trace_writer(trace)
+        self.policy = as_policy(policy)
+        self.policy.check(sys.maxsize if callable(n) else n)
+        check_action_format(action_format)
+        self._prepared = remembering(partial(StepModel, top_logprobs=top_logprobs, action_format=action_format))
 
     async def awrap_model_call(  # noqa: D102 - inherited
         self, request: Request, handler: Callable[[Request], Awaitable[Response]]
     ) -> ExtendedModelResponse[Any]:
         step = self._begin(request)
 
-        def ask(variants: Variants) -> Callable[[int], Awaitable[_Answer]]:
-            requests, tools = _requests(request, variants), _checked_tools(request)
+        async def answer(model: BaseChatModel, options: Options, index: int) -> _Answer:
+            try:
+                return _answer(await handler(_with_model(request, model, options)), index, step.tools)
+            except StructuredOutputError as error:
+                return _unparsed(error, index)
 
-            async def answer(index: int) -> _Answer:
-                try:
-                    return _answer(await handler(requests[index % len(requests)]), index, tools)
-                except StructuredOutputError as error:
-                    return _unparsed(error, index)
+        async def stored(model: BaseChatModel, options: Options, index: int) -> _Answer:
+            async def work() -> Stored:
+                return _pack(await answer(model, options, index))
 
-            async def stored(index: int) -> Stored:
-                return _pack(await answer(index))
-
-            async def restored(index: int) -> _Answer:
-                return _unpack(await task(name=_TASK)(stored)(index), index)
-
-            return restored if self.durable else answer
+            return _unpack(await task(name=_TASK)(work)(), index)
 
         async def form() -> bool:
             return step.asks.writes_json()
 
         as_json = await task(name=_TASK)(form)() if self._keeps_form(step) else None
-        drawn = await step.asks.draw(self._sample, ask, write=step.write, parse=_candidate, begins_as_json=as_json)
+        ask = stored if self.durable else answer
+        drawn = await step.asks.draw(ask, write=step.write, begins_as_json=as_json)
         return await self._conclude(step, handler, drawn)
 
     def wrap_model_call(  # noqa: D102 - inherited
@@ -204,31 +198,24 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         # Calls that are thrown away cannot be cut off; those that are made instead do not wait for them.
         pool = ThreadPoolExecutor(2 * step.n, thread_name_prefix="ec_agents-sample")
 
-        def ask(variants: Variants) -> Callable[[int], Awaitable[_Answer]]:
-            requests, tools = _requests(request, variants), _checked_tools(request)
+        def answer(model: BaseChatModel, options: Options, index: int) -> _Answer:
+            try:
+                return _answer(handler(_with_model(request, model, options)), index, step.tools)
+            except StructuredOutputError as error:
+                return _unparsed(error, index)
 
-            def answer(index: int) -> _Answer:
-                try:
-                    return _answer(handler(requests[index % len(requests)]), index, tools)
-                except StructuredOutputError as error:
-                    return _unparsed(error, index)
+        def stored(model: BaseChatModel, options: Options, index: int) -> _Answer:
+            found = task(name=_TASK)(lambda: _pack(answer(model, options, index)))()
+            return _unpack(found.result(), index)
 
-            def stored(index: int) -> Stored:
-                return _pack(answer(index))
-
-            def restored(index: int) -> _Answer:
-                return _unpack(task(name=_TASK)(stored)(index).result(), index)
-
-            async def call(index: int) -> _Answer:
-                context, work = copy_context(), restored if self.durable else answer
-                return await asyncio.get_running_loop().run_in_executor(pool, lambda: context.run(work, index))
-
-            return call
+        async def ask(model: BaseChatModel, options: Options, index: int) -> _Answer:
+            call = partial(stored if self.durable else answer, model, options, index)
+            return await asyncio.get_running_loop().run_in_executor(pool, copy_context().run, call)
 
         as_json = task(name=_TASK)(step.asks.writes_json)().result() if self._keeps_form(step) else None
 
         async def work() -> ExtendedModelResponse[Any]:
-            drawn = await step.asks.draw(self._sample, ask, write=step.write, parse=_candidate, begins_as_json=as_json)
+            drawn = await step.asks.draw(ask, write=step.write, begins_as_json=as_json)
             return await self._conclude(step, handler, drawn)
 
         try:
@@ -239,12 +226,20 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
     def _begin(self, request: Request) -> _Step:
         config = ensure_config()
         _check_durability(config) if self.durable else _check_first_time(config)
-        model = self._models.of(request.model)
+        model = self._prepared(request.model)
         n = self._n_of(request, config)
         # A schema of the user's own may become a tool; which, LangChain decides when it binds the tools.
-        tools = bool(request.tools) or not isinstance(request.response_format, ProviderStrategy | None)
-        asks = StepRequest(model, {**model.options, **request.model_settings}, n, tools=tools)
-        return _Step(request=request, asks=asks, n=n, config=config, write=stream_writer(), started=time.perf_counter())
+        acts = bool(request.tools) or not isinstance(request.response_format, ProviderStrategy | None)
+        options = {**model.options, **request.model_settings}
+        return _Step(
+            request=request,
+            asks=StepRequest(model, options, n, policy=self.policy, parse=_candidate, tools=acts),
+            n=n,
+            tools=_checked_tools(request),
+            config=config,
+            write=stream_writer(),
+            started=time.perf_counter(),
+        )
 
     def _keeps_form(self, step: _Step) -> bool:
         """Whether the form of the actions has to be the same if the step is run again, and might not be."""
@@ -260,7 +255,7 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
             n = self.n(request) if callable(self.n) else self.n
         if not isinstance(n, int) or isinstance(n, bool):
             raise ConfigError(f"the number of candidates (n, or ec_n of the run) must be an int; found {n!r}")
-        self._check(n)
+        self.policy.check(n)
         return n
 
     async def _conclude(self, step: _Step, handler: object, drawn: CandidateSet) -> ExtendedModelResponse[Any]:
@@ -282,8 +277,8 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         return ExtendedModelResponse(response, Command(update={"ec_decisions": [record]}))
 
 
-def _requests(request: Request, variants: Variants) -> list[Request]:
-    return [request.override(model=model, model_settings=dict(options)) for model, options in variants]
+def _with_model(request: Request, model: BaseChatModel, options: Options) -> Request:
+    return request.override(model=model, model_settings=dict(options))
 
 
 def _checked_tools(request: Request) -> Mapping[str, BaseTool]:

@@ -2,7 +2,7 @@
 
 import logging
 import zlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 from uuid import uuid4
 
@@ -10,13 +10,13 @@ import msgspec
 from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackManager, Callbacks
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, LLMResult
-from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config
 from langgraph.config import get_stream_writer
 from langgraph.constants import TAG_NOSTREAM
 
-from ec_agents.agents.quiet_model import is_stream, one_step
-from ec_agents.agents.telemetry import choice_span, sampling_span
+from ec_agents.agents.quiet_model import is_stream
+from ec_agents.agents.telemetry import choice_span
 from ec_agents.candidates import Candidate, CandidateSet, Selection, Step, add_usage
 from ec_agents.errors import FailedCall, StateError, TraceError
 from ec_agents.messages import SIGNALS_KEY
@@ -35,39 +35,6 @@ def stream_writer() -> Write:
         return get_stream_writer()
     except (RuntimeError, KeyError):  # no runnable at all, or one outside a graph
         return lambda _: None
-
-
-async def draw(
-    sampling: Callable[..., Awaitable[CandidateSet]],
-    call: Callable[[int], Awaitable[Any]],
-    *,
-    n: int,
-    model: Runnable[Any, Any],
-    write: Write,
-    parse: Callable[[Any, int], Candidate] | None = None,
-) -> CandidateSet:
-    """Draw the candidates of a step, with a ``custom`` event for each and a span for all.
-
-    Args:
-        sampling: ``sample``, with its limits.
-        call: Index 0..N-1 → awaitable of one response.
-        n: How many candidates.
-        model: The model that is called, for the span.
-        write: Takes the events.
-        parse: Response and index → candidate.
-
-    Raises:
-        SamplingError: Fewer calls succeeded than are needed.
-    """
-
-    def on_result(index: int, result: Candidate | BaseException) -> None:
-        shown = outline(result) if isinstance(result, Candidate) else {"failure": describe_failure(result)}
-        write({"ec_agents": "candidate", "index": index, **shown})
-
-    with sampling_span(model, n) as report, one_step():
-        drawn = await sampling(call, n=n, parse=parse, on_result=on_result)
-        report(drawn)
-    return drawn
 
 
 def decide(selector: Selector, drawn: CandidateSet, write: Write) -> tuple[Selection, dict[str, Any], dict[str, Any]]:

@@ -1,13 +1,12 @@
-"""One step's candidates from a chat model: what it is asked, in which form it acts, and whether that can be measured.
+"""The request of one step: model, options, action format, policy; and what the responses show about the endpoint.
 
 Requests that cannot work are refused before they are sent; the first responses of an endpoint are verified. The graph,
-the middleware and the chat model share all of it, and differ in how they make a call.
+the middleware and the chat model share this and differ only in how they make a call.
 """
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from operator import is_
 from typing import Any, get_args
 
@@ -15,10 +14,13 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableBinding, RunnableConfig
 
-from ec_agents.agents.quiet_model import logprobs_settings, silent_model
-from ec_agents.agents.step import Write, draw, total_usage
+from ec_agents.agents.quiet_model import logprobs_settings, one_step, silent_model
+from ec_agents.agents.step import Write, describe_failure, outline, total_usage
+from ec_agents.agents.telemetry import sampling_span
 from ec_agents.candidates import Candidate, CandidateSet
 from ec_agents.errors import ActionError, ConfigError, LogprobsMissing, SamplingError, UnsupportedLogprobs
+from ec_agents.policy import SamplingPolicy
+from ec_agents.sampling import sample
 from ec_agents.servers.fast_logprobs import loop_safe
 from ec_agents.servers.json_actions import ActionFormat, acting_in_json, json_request
 from ec_agents.servers.providers import (
@@ -33,37 +35,37 @@ from ec_agents.servers.providers import (
 
 Options = Mapping[str, Any]
 Variants = Sequence[tuple[BaseChatModel, Options]]
-"""What to call and with which options, for the candidates in turn."""
-Ask = Callable[[Variants], Callable[[int], Awaitable[Any]]]
-"""Variants → index of a candidate → its response."""
+"""The models to call and their options; candidates take them in turn."""
+Ask = Callable[[BaseChatModel, Options, int], Awaitable[Any]]
+"""Makes one call: model, options, index of the candidate → awaitable of the response."""
 
 Parse = Callable[[Any, int], Candidate]
 """Response and index → candidate."""
 
 _TYPED = (ActionError, ConfigError, UnsupportedLogprobs)
-"""What says the same of every call, and is raised itself where all calls failed with it."""
+"""Errors identical for every call; re-raised directly if all fail."""
 
 _KEPT = 8
-"""Models that are kept ready."""
+"""Prepared models that ``remembering`` keeps."""
 
 _log = logging.getLogger(__name__)
 
 
 class StepModel:
-    """A chat model as the steps of an agent ask it.
+    """A chat model prepared for sampling.
 
     Args:
         model: A chat model, or one with ``.bind(...)``.
-        top_logprobs: Alternatives to ask for at each token; None asks for nothing, and nothing is refused or verified.
+        top_logprobs: Alternatives to request per token; None requests nothing, and nothing is refused or verified.
         action_format: ``native`` tool calls; ``json`` in the content; ``auto``: ``json`` where the provider table or a
-            response says that tool calls carry no log-probabilities.
+            response shows that tool calls carry no log-probabilities.
 
     Raises:
-        ConfigError: ``action_format`` is none of these, or the model is no chat model.
+        ConfigError: ``action_format`` is unknown, or ``model`` is not a chat model.
     """
 
     def __init__(self, model: object, *, top_logprobs: int | None, action_format: ActionFormat) -> None:
-        _check_format(action_format)
+        check_action_format(action_format)
         silent, bound, self.config = silent_model(model)
         self.model = loop_safe(silent)
         self.options: Options = {**logprobs_settings(top_logprobs), **bound}
@@ -72,19 +74,21 @@ class StepModel:
         self._copies: dict[tuple[bool, int], BaseChatModel] = {}
 
     def with_tools(self, tools: Sequence[Any], **options: Any) -> Options:
-        """The options of calls with tools bound, in the model's own form.
+        """Return the options of calls with tools bound, in the model's own form.
 
         Raises:
-            ConfigError: The model binds tools in a way of its own.
+            ConfigError: ``bind_tools`` of the model does not return a binding.
         """
         binding: Any = self.model.bind_tools(tools, **options)
         if not isinstance(binding, RunnableBinding):
             found = type(binding).__name__
-            raise ConfigError(f"bind_tools() of {type(self.model).__name__} must give a binding; found {found}")
+            raise ConfigError(
+                f"bind_tools() of {type(self.model).__name__} must return a RunnableBinding; found {found}"
+            )
         return {**self.options, **binding.kwargs}
 
     def variants(self, options: Options, n: int, *, as_json: bool) -> Variants:
-        """What to call. Where a seed is set, each candidate has one of its own: that one plus the candidate's index."""
+        """Return what to call. A seed that is set is offset by the candidate's index, so that candidates differ."""
         if isinstance(options.get("seed"), int):
             model = self._copy(0, as_json=as_json)
             return [(model, {**options, "seed": options["seed"] + index}) for index in range(n)]
@@ -92,7 +96,7 @@ class StepModel:
         return [(self._copy(index, as_json=as_json), options) for index in range(several)]
 
     def _copy(self, index: int, *, as_json: bool) -> BaseChatModel:
-        """The model for one candidate, made once: copies differ in the tools that they remember to have bound."""
+        """Return the model for one candidate, made once."""
         if (as_json, index) not in self._copies:
             model = self.model
             if index:
@@ -101,64 +105,67 @@ class StepModel:
         return self._copies[as_json, index]
 
 
-class StepModels:
-    """The models of a caller who may bring another one at every step. Each is made ready once, and again if it changes.
+def remembering(prepare: Callable[[object], StepModel]) -> Callable[[object], StepModel]:
+    """Return ``prepare`` with a cache: a model is prepared once, and again when one of its fields changes.
 
-    Args:
-        top_logprobs: As of ``StepModel``.
-        action_format: As of ``StepModel``.
-
-    Raises:
-        ConfigError: As ``StepModel`` does.
+    For callers that may be given another model at every step.
     """
+    made: list[tuple[BaseChatModel, list[Any], StepModel]] = []
 
-    def __init__(self, *, top_logprobs: int | None, action_format: ActionFormat) -> None:
-        _check_format(action_format)
-        self._make = partial(StepModel, top_logprobs=top_logprobs, action_format=action_format)
-        self._made: list[tuple[BaseChatModel, list[Any], StepModel]] = []
-
-    def of(self, model: object) -> StepModel:
-        """The model as steps ask it."""
-        if not isinstance(model, BaseChatModel):  # it may stand for another one each time
-            return self._make(model)
+    def prepared(model: object) -> StepModel:
+        if not isinstance(model, BaseChatModel):  # a configurable model resolves to another one each time
+            return prepare(model)
         fields = [*vars(model).values(), *(model.__pydantic_private__ or {}).values()]
-        for known, had, made in self._made:
+        for known, had, found in made:
             if known is model and len(had) == len(fields) and all(map(is_, had, fields)):
-                return made
-        made = self._make(model)
-        self._made = [(model, fields, made), *(entry for entry in self._made if entry[0] is not model)][:_KEPT]
-        return made
+                return found
+        made[:] = [(model, fields, prepare(model)), *(entry for entry in made if entry[0] is not model)][:_KEPT]
+        return made[0][2]
+
+    return prepared
 
 
 class StepRequest:
-    """What the N candidates of a step are asked.
+    """What to ask the model for at one step, and how long to wait.
 
     Args:
-        model: The model to ask.
-        options: What is sent with each call.
+        model: The prepared model.
+        options: Sent with each call.
         n: How many candidates.
+        policy: Timeouts, retries and limits.
+        parse: Response and index → candidate.
         tools: Whether an answer may be a tool call; None: if ``options`` has tools.
     """
 
-    def __init__(self, model: StepModel, options: Options, n: int, *, tools: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: StepModel,
+        options: Options,
+        n: int,
+        *,
+        policy: SamplingPolicy,
+        parse: Parse,
+        tools: bool | None = None,
+    ) -> None:
         self._model, self._options, self._n = model, options, n
+        self._policy, self._parse = policy, parse
         self._tools = bool(options.get("tools")) if tools is None else tools
         self._where: Endpoint | None = model.endpoint
         if model.endpoint is not None and isinstance(options.get("model"), str):
             self._where = replace(model.endpoint, model=options["model"])
 
     def refuse(self) -> None:
-        """Stop a step that cannot work before anything is sent.
+        """Refuse a step that cannot work, before anything is sent.
 
         Raises:
-            ConfigError: The temperature is 0 with several candidates, or there is no JSON form of the tools.
+            ConfigError: The temperature is 0 with several candidates, or the tools have no JSON form.
             UnsupportedLogprobs: The table or an earlier response says that nothing can be measured.
         """
         temperature = self._option("temperature")
         if self._n > 1 and isinstance(temperature, int | float) and temperature == 0:
             raise ConfigError(
-                f"temperature is 0, so that all {self._n} candidates would be equal and there would be nothing to "
-                "choose; set a temperature above 0, for example 0.7, or n=1"
+                f"temperature is 0, so all {self._n} candidates would be identical; set a temperature above 0, for "
+                "example 0.7, or n=1"
             )
         as_json = self.writes_json()
         if as_json and self._options.get("tools"):
@@ -171,7 +178,7 @@ class StepRequest:
         refuse_unsupported(self._where, top_logprobs=k, tools=native, options=named)
 
     def writes_json(self) -> bool:
-        """Whether actions are asked for as JSON, as far as is known now."""
+        """Tell whether actions are requested as JSON, as far as is known now."""
         if not self.may_learn or self._where is None:
             return self._tools and self._model.action_format == "json"
         verdict, known = verdict_on(self._where, tools=True), self._where.capabilities
@@ -181,41 +188,32 @@ class StepRequest:
 
     @property
     def may_learn(self) -> bool:
-        """Whether responses may show that actions have to be asked for as JSON."""
+        """Whether responses may show that actions have to be requested as JSON."""
         return self._tools and self._model.action_format == "auto" and self._where is not None
 
-    async def draw(
-        self,
-        sampling: Callable[..., Awaitable[CandidateSet]],
-        ask: Ask,
-        *,
-        write: Write,
-        parse: Parse,
-        begins_as_json: bool | None = None,
-    ) -> CandidateSet:
-        """The candidates of the step.
+    async def draw(self, ask: Ask, *, write: Write, begins_as_json: bool | None = None) -> CandidateSet:
+        """Sample the candidates of the step.
 
         Args:
-            sampling: ``sample``, with its limits.
-            ask: Makes the calls.
-            write: Takes the events.
-            parse: Response and index → candidate.
-            begins_as_json: Whether to ask for JSON at first, where that is settled. Then all N calls are waited for, so
-                that a step that is run again makes the same calls.
+            ask: Makes one call.
+            write: Receives the ``custom`` events.
+            begins_as_json: Whether to request JSON first, where that is settled. All N calls are then waited for, so
+                that a step that runs again makes the same calls.
 
         Raises:
-            ConfigError: The candidates would all be equal, or the tools cannot be asked for as JSON.
+            ConfigError: The candidates would all be identical, or the tools have no JSON form.
             UnsupportedLogprobs: The table or an earlier response says that nothing can be measured.
             LogprobsMissing: The first responses show it.
-            ActionError: No answer is the JSON that was asked for, or the server refuses ``response_format``.
-            SamplingError: Fewer calls succeeded than are needed.
+            ActionError: No response is the JSON that was requested, or the server refuses ``response_format``.
+            SamplingError: Fewer calls succeeded than the policy needs.
         """
         self.refuse()
         as_json = self.writes_json() if begins_as_json is None else begins_as_json
         learns = begins_as_json is None and not as_json and self._is_new()
-        drawn, landed = partial(self._drawn, sampling, ask, write), list[Candidate]()
+        landed: list[Candidate] = []
         try:
-            found = await drawn(_until_unmeasured(parse, landed) if learns else parse, as_json=as_json)
+            parse = _until_unmeasured(self._parse, landed) if learns else self._parse
+            found = await self._sampled(ask, write, parse, as_json=as_json)
             problem = self._problem(found.candidates, as_json=as_json)
         except _UnmeasuredCall:
             found, problem = CandidateSet(candidates=landed), self._verified(landed, tools=True)
@@ -224,31 +222,41 @@ class StepRequest:
         if as_json or not self.writes_json():
             raise LogprobsMissing(problem)
         _log.warning("asking again, with actions as JSON: %s", problem)
-        again = await drawn(parse, as_json=True)
+        again = await self._sampled(ask, write, self._parse, as_json=True)
         if problem := self._problem(again.candidates, as_json=True):
             raise LogprobsMissing(problem)
         return replace(again, spent=total_usage(found))
 
-    async def _drawn(
-        self, sampling: Callable[..., Awaitable[CandidateSet]], ask: Ask, write: Write, parse: Parse, *, as_json: bool
-    ) -> CandidateSet:
+    async def _sampled(self, ask: Ask, write: Write, parse: Parse, *, as_json: bool) -> CandidateSet:
+        """Sample once, with a ``custom`` event per candidate and a span for all."""
         variants = self._model.variants(self._options, self._n, as_json=as_json)
+
+        def call(index: int) -> Awaitable[Any]:
+            return ask(*variants[index % len(variants)], index)
+
+        def on_result(index: int, result: Candidate | BaseException) -> None:
+            shown = outline(result) if isinstance(result, Candidate) else {"failure": describe_failure(result)}
+            write({"ec_agents": "candidate", "index": index, **shown})
+
         model, options = variants[0]
         try:
-            return await draw(sampling, ask(variants), n=self._n, model=model.bind(**options), write=write, parse=parse)
+            with sampling_span(model.bind(**options), self._n) as report, one_step():
+                found = await sample(call, n=self._n, policy=self._policy, parse=parse, on_result=on_result)
+                report(found)
         except SamplingError as error:
             first = next(iter(error.failures.values()))
             if all(isinstance(failure, _TYPED) for failure in error.failures.values()):
                 raise first from first.__cause__
             raise
+        return found
 
     def _is_new(self) -> bool:
-        """Whether the next tool call shows for the first time if it can be measured."""
+        """Tell whether the next tool call will show for the first time if tool calls can be measured."""
         known = verdict_on(self._where, tools=True) if self._where and self.may_learn else None
         return self.may_learn and (known is None or known.tool_tokens == "unknown")
 
     def _problem(self, candidates: Sequence[Candidate], *, as_json: bool) -> str | None:
-        """Why the responses cannot be measured; they are verified where their endpoint is not known in this respect."""
+        """Explain why the responses cannot be measured; verify them if the endpoint is not known in this respect."""
         if self._where is None:
             return None
         tools = self._tools and not as_json
@@ -260,7 +268,7 @@ class StepRequest:
         return None if is_measured else complaint(self._where, known, tools=tools)
 
     def _verified(self, candidates: Sequence[Candidate], *, tools: bool) -> str | None:
-        """Remember what the responses show; why they cannot be measured."""
+        """Remember what the responses show, and explain why they cannot be measured, if so."""
         verdict = verify(candidates, top_logprobs=self._options["top_logprobs"])
         if verdict is None or self._where is None:
             return None
@@ -275,29 +283,30 @@ class StepRequest:
 
 
 def calling(messages: Sequence[BaseMessage], config: RunnableConfig) -> Ask:
-    """Makes calls of the model itself."""
+    """Make calls of the model itself."""
 
-    def ask(variants: Variants) -> Callable[[int], Awaitable[Any]]:
-        def call(index: int) -> Awaitable[Any]:
-            model, options = variants[index % len(variants)]
-            return model.ainvoke(list(messages), config, **options)
-
-        return call
+    def ask(model: BaseChatModel, options: Options, index: int) -> Awaitable[Any]:  # noqa: ARG001 - see Ask
+        return model.ainvoke(list(messages), config, **options)
 
     return ask
 
 
-def _check_format(action_format: object) -> None:
+def check_action_format(action_format: object) -> None:
+    """Refuse an unknown action format.
+
+    Raises:
+        ConfigError: It is none of ``native``, ``json`` and ``auto``.
+    """
     if action_format not in get_args(ActionFormat):
         raise ConfigError(f"action_format must be one of {get_args(ActionFormat)}; found {action_format!r}")
 
 
 class _UnmeasuredCall(BaseException):
-    """Ends the calls of a step at once; no policy takes it for a failed call."""
+    """Ends all calls of a step; a BaseException, so that no policy takes it for a failed call."""
 
 
 def _until_unmeasured(parse: Parse, landed: list[Candidate]) -> Parse:
-    """``parse``, ending at the first tool call if that has no log-probabilities; ``landed`` takes what was parsed."""
+    """Return ``parse`` that ends the step at a first tool call without log-probabilities; ``landed`` collects."""
 
     def watched(response: Any, index: int) -> Candidate:
         candidate = parse(response, index)

@@ -225,10 +225,10 @@ async def test_cancelling_leaves_no_task():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n": 0}, "n must be 1 or more"),
-        ({"min_candidates": 9}, "min_candidates"),
-        ({"selector": "centroid"}, "selector must be a Selector or None; found str"),
-        ({"policy": 3}, "policy must be a SamplingPolicy or None; found int"),
+        ({"n": 0}, "n must be an integer, 1 or more"),
+        ({"policy": SamplingPolicy(min_candidates=9)}, "min_candidates"),
+        ({"selector": "centriod"}, "centriod.* known: centroid, "),
+        ({"policy": "3"}, "policy must be a SamplingPolicy, the timeout of a call in seconds, or None; found str"),
         ({"model": "gpt"}, "found str"),
         ({"model": None}, "found NoneType"),
     ],
@@ -251,7 +251,7 @@ def test_options_of_the_model_and_of_the_call_reach_every_candidate():
 
 
 def test_equal_candidates_are_refused():
-    with pytest.raises(ConfigError, match="temperature is 0, so that all 3 candidates would be equal"):
+    with pytest.raises(ConfigError, match="temperature is 0, so all 3 candidates would be identical"):
         three(temperature=0).invoke("hi")
     with pytest.raises(ConfigError, match="temperature is 0"):
         three().invoke("hi", temperature=0)

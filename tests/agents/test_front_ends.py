@@ -140,7 +140,7 @@ async def test_without_log_probabilities_nothing_is_refused_or_verified(make: An
 
 @EVERYWHERE
 async def test_temperature_0_is_refused(make: Any):
-    with FaultServer(respond) as server, pytest.raises(ConfigError, match="temperature is 0, so that all 2 candidates"):
+    with FaultServer(respond) as server, pytest.raises(ConfigError, match="temperature is 0, so all 2 candidates"):
         await run(make(chat(server, temperature=0), n=2))
     assert server.requests == []
 

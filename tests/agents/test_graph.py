@@ -38,6 +38,7 @@ from ec_agents.agents.graph import (
 )
 from ec_agents.candidates import FORMAT
 from ec_agents.errors import ConfigError, SamplingError, SelectionError, StateError
+from ec_agents.policy import SamplingPolicy
 from ec_agents.sampling import sample
 from ec_agents.selection import Selector
 from ec_agents.testing import Reply, ScriptedChatModel
@@ -128,7 +129,7 @@ def test_what_the_user_bound_wins_and_none_asks_for_nothing():
 
 def test_a_failed_and_a_hung_call_take_no_other_down():
     replies = [Reply(error=ConnectionError("reset")), Reply(delay=math.inf), Reply(content="fine")]
-    found = agent_of(replies, timeout=0.2).invoke(ASK)["messages"][-1]
+    found = agent_of(replies, policy=0.2).invoke(ASK)["messages"][-1]
     assert found.content == "fine"
     assert record(found)["failures"] == {
         "0": "ConnectionError: reset",
@@ -140,7 +141,9 @@ def test_too_few_successes_raise_and_the_run_can_go_on_from_where_it_was():
     model = ScriptedChatModel(
         replies=[*two_steps()[:3], Reply(error=ConnectionError("reset")), *[Reply(content="3")] * 5]
     )
-    agent = create_centroid_agent(model, [add], n=3, min_candidates=3, checkpointer=InMemorySaver())
+    agent = create_centroid_agent(
+        model, [add], n=3, policy=SamplingPolicy(min_candidates=3), checkpointer=InMemorySaver()
+    )
     with pytest.raises(SamplingError, match=r"2 of 3 calls succeeded, 3 needed .*ConnectionError: reset"):
         agent.invoke(ASK, THREAD)
     assert [m.type for m in agent.get_state(THREAD).values["messages"]] == ["human", "ai", "tool"]
@@ -242,9 +245,11 @@ def test_tool_calls_without_logprobs_never_win_by_having_no_data():
 # Arguments
 
 
-@pytest.mark.parametrize("options", [{"n": 0}, {"min_candidates": 9}, {"timeout": -1}, {"max_concurrency": 0}])
+@pytest.mark.parametrize(
+    "options", [{"n": 0}, {"n": "8"}, {"policy": {}}, {"policy": -1}, {"policy": SamplingPolicy(min_candidates=9)}]
+)
 def test_arguments_out_of_range_are_refused_when_the_agent_is_made(options: dict[str, Any]):
-    with pytest.raises(ConfigError, match=next(iter(options))):
+    with pytest.raises(ConfigError, match=r"^(n|policy|timeout|min_candidates) must be"):
         agent_of([], **{"n": 8, **options})
 
 

@@ -34,6 +34,7 @@ from pydantic import BaseModel
 
 from ec_agents.agents.middleware import EntropyCentroidMiddleware, _unpack
 from ec_agents.errors import ConfigError, SamplingError, SelectionError, StateError
+from ec_agents.policy import SamplingPolicy
 from ec_agents.selection import Selector
 from ec_agents.testing import Reply, ScriptedChatModel
 
@@ -122,7 +123,7 @@ def test_synchronous_calls_run_at_the_same_time():
 @pytest.mark.parametrize("way", ["invoke", "ainvoke"])
 async def test_a_failed_and_a_hung_call_take_no_other_down(way: str):
     hung = 2.0 if way == "invoke" else math.inf
-    agent = agent_of([Reply(error=ConnectionError("reset")), Reply(delay=hung), Reply(content="fine")], timeout=0.2)
+    agent = agent_of([Reply(error=ConnectionError("reset")), Reply(delay=hung), Reply(content="fine")], policy=0.2)
     found = (agent.invoke(ASK) if way == "invoke" else await agent.ainvoke(ASK))["messages"][-1]
     assert found.content == "fine"
     failures = ["ConnectionError: reset", "TimeoutError: no answer within 0.2 s (timeout)"]
@@ -131,7 +132,9 @@ async def test_a_failed_and_a_hung_call_take_no_other_down(way: str):
 
 def test_too_few_successes_raise():
     with pytest.raises(SamplingError, match="1 of 2 calls succeeded, 2 needed"):
-        agent_of([Reply(error=ConnectionError("reset")), Reply()], n=2, min_candidates=2).invoke(ASK)
+        agent_of([Reply(error=ConnectionError("reset")), Reply()], n=2, policy=SamplingPolicy(min_candidates=2)).invoke(
+            ASK
+        )
 
 
 async def test_an_invalid_action_loses_to_a_valid_one():
@@ -161,7 +164,7 @@ def test_n_may_be_a_function_of_the_request():
 
 def test_a_function_may_give_more_than_the_default_number():
     model = scripted([Reply(content="3")] * 12)
-    agent_of(model, n=lambda _: 12, min_candidates=10).invoke(ASK)
+    agent_of(model, n=lambda _: 12, policy=SamplingPolicy(min_candidates=10)).invoke(ASK)
     assert len(model.requests) == 12
 
 
@@ -191,13 +194,15 @@ def test_a_context_that_says_nothing_leaves_n_as_it_is():
 
 @pytest.mark.parametrize("given", [0, -1, "8", True, 2.0])
 def test_a_run_that_asks_for_an_impossible_number_is_told(given: Any):
-    with pytest.raises(ConfigError, match=r"n must be 1 or more|number of candidates .* must be an int"):
+    with pytest.raises(ConfigError, match=r"n must be an integer, 1 or more|number of candidates .* must be an int"):
         agent_of([], n=lambda _: given).invoke(ASK)
 
 
-@pytest.mark.parametrize("options", [{"n": 0}, {"min_candidates": 9}, {"timeout": -1}, {"max_concurrency": 0}])
+@pytest.mark.parametrize(
+    "options", [{"n": 0}, {"n": "8"}, {"policy": {}}, {"policy": -1}, {"policy": SamplingPolicy(min_candidates=9)}]
+)
 def test_arguments_out_of_range_are_refused_at_once(options: dict[str, Any]):
-    with pytest.raises(ConfigError, match=next(iter(options))):
+    with pytest.raises(ConfigError, match=r"^(n|policy|timeout|min_candidates) must be"):
         EntropyCentroidMiddleware(**options)
 
 
@@ -206,7 +211,7 @@ class Seeded(ScriptedChatModel):
 
 
 def test_equal_candidates_are_refused():
-    with pytest.raises(ConfigError, match="temperature is 0, so that all 3 candidates would be equal"):
+    with pytest.raises(ConfigError, match="temperature is 0, so all 3 candidates would be identical"):
         agent_of(Seeded(replies=two_steps(), temperature=0)).invoke(ASK)
     assert agent_of(Seeded(replies=[Reply(content="3")], temperature=0), n=1).invoke(ASK)
 
@@ -331,7 +336,7 @@ def test_retry_inside_repeats_only_the_call_that_failed():
 def test_retry_outside_repeats_the_whole_step():
     model = scripted([Reply(error=ConnectionError("reset")), *[Reply(content="3")] * 7])
     retry = ModelRetryMiddleware(max_retries=1, initial_delay=0, jitter=False)
-    agent_of(model, n=4, min_candidates=4, outside=[retry]).invoke(ASK)
+    agent_of(model, n=4, policy=SamplingPolicy(min_candidates=4), outside=[retry]).invoke(ASK)
     assert len(model.requests) == 8
 
 

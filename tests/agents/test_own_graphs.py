@@ -25,6 +25,7 @@ from langgraph.types import Command, RetryPolicy
 
 from ec_agents.agents.graph import CentroidScorerNode, CentroidState, SamplingNode, route_selected
 from ec_agents.errors import SamplingError
+from ec_agents.policy import SamplingPolicy
 from ec_agents.testing import Reply, ScriptedChatModel
 
 
@@ -44,7 +45,9 @@ def graph_of(
     """sample → score ⇢ tools → sample, by hand."""
     graph: Any = StateGraph(schema)
     graph.add_node(
-        "sample", SamplingNode(ScriptedChatModel(replies=replies), n=2, tools=tools, min_candidates=2), **node
+        "sample",
+        SamplingNode(ScriptedChatModel(replies=replies), n=2, tools=tools, policy=SamplingPolicy(min_candidates=2)),
+        **node,
     )
     graph.add_node("score", CentroidScorerNode())
     graph.add_node("tools", ToolNode(tools))

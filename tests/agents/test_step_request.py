@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import openai
@@ -19,9 +20,10 @@ from langchain_openai import ChatOpenAI
 from pydantic import PrivateAttr
 
 from ec_agents.agents.graph import create_centroid_agent
-from ec_agents.agents.step_request import StepModel, StepModels, StepRequest
+from ec_agents.agents.step_request import StepModel, StepRequest, remembering
 from ec_agents.embedded import EmbeddedChatModel
 from ec_agents.errors import ActionError, ConfigError, SamplingError, UnsupportedLogprobs
+from ec_agents.messages import message_candidate
 from ec_agents.policy import SamplingPolicy
 from ec_agents.selection import Selector
 from ec_agents.testing import FaultServer, Reply, ScriptedChatModel
@@ -87,8 +89,9 @@ def test_auto_uses_native_tool_calls_where_they_are_measured():
 @pytest.mark.parametrize(("name", "as_json"), [("gpt-4o", True), ("o3", False)])
 def test_auto_goes_by_the_table_before_anything_is_sent(name: str, *, as_json: bool):
     model = StepModel(ChatOpenAI(model=name, api_key="k"), top_logprobs=20, action_format="auto")  # type: ignore[arg-type]
-    assert StepRequest(model, model.with_tools([add]), 2).writes_json() == as_json
-    assert StepRequest(model, {**model.options, "model": "gpt-4.1"}, 2, tools=True).writes_json()
+    request = partial(StepRequest, model, n=2, policy=SamplingPolicy(), parse=message_candidate)
+    assert request(model.with_tools([add])).writes_json() == as_json
+    assert request({**model.options, "model": "gpt-4.1"}, tools=True).writes_json()
 
 
 async def test_auto_learns_from_the_first_call_and_counts_what_was_spent():
@@ -163,7 +166,7 @@ def test_a_model_that_binds_tools_in_its_own_way_is_a_clear_error():
         def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
             return super().bind_tools(tools, **kwargs) | (lambda message: message)
 
-    with pytest.raises(ConfigError, match="bind_tools.. of Odd must give a binding; found RunnableSequence"):
+    with pytest.raises(ConfigError, match="bind_tools.. of Odd must return a RunnableBinding; found RunnableSequence"):
         create_centroid_agent(Odd(), [add], n=1)
 
 
@@ -211,12 +214,12 @@ def test_half_a_surrogate_pair_stops_no_step(client: Callable[..., Any], action_
 
 
 def test_a_private_attribute_of_a_model_that_changes_makes_it_ready_again():
-    models = StepModels(top_logprobs=20, action_format="auto")
+    prepared = remembering(partial(StepModel, top_logprobs=20, action_format="auto"))
     model = Counting()
-    first = models.of(model)
-    assert models.of(model) is first
+    first = prepared(model)
+    assert prepared(model) is first
     model._private = 2
-    assert models.of(model).model.invoke("hi").content == "2"
+    assert prepared(model).model.invoke("hi").content == "2"
 
 
 class Counting(EmbeddedChatModel):
@@ -302,7 +305,7 @@ def test_a_seeded_embedded_model_gives_different_candidates_every_time_the_same(
     [EmbeddedChatModel(temperature=0.0), EmbeddedChatModel().bind(temperature=0), EmbeddedChatModel(temperature=0)],
 )
 def test_temperature_0_with_several_candidates_is_refused_with_the_reason(model: Any):
-    with pytest.raises(ConfigError, match="temperature is 0, so that all 2 candidates would be equal .* or n=1"):
+    with pytest.raises(ConfigError, match="temperature is 0, so all 2 candidates would be identical; .* or n=1"):
         create_centroid_agent(model, n=2)
     create_centroid_agent(model, n=1)
 

@@ -32,6 +32,7 @@ from ec_agents.agents.chat_model import CentroidChatModel
 from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.agents.middleware import EntropyCentroidMiddleware
 from ec_agents.errors import ConfigError, UnsupportedLogprobs
+from ec_agents.policy import SamplingPolicy
 from ec_agents.testing import Reply, ScriptedChatModel
 
 
@@ -65,7 +66,7 @@ def model_of(replies: Sequence[Reply]) -> Model:
 
 
 def in_middleware(model: Any, *, n: int = 3, outside: Any = (), inside: Any = (), **options: Any) -> Any:
-    ours = {name: options.pop(name) for name in ("durable", "max_concurrency", "min_candidates") if name in options}
+    ours = {name: options.pop(name) for name in ("durable", "policy") if name in options}
     middleware = [*outside, EntropyCentroidMiddleware(n=n, **ours), *inside]
     return create_agent(model, [add], middleware=middleware, **options)
 
@@ -329,7 +330,7 @@ async def test_trap_19_the_concurrency_limit_holds(make: Callable[..., Any]):
             running -= 1
             return await super()._agenerate(*args, **kwargs)
 
-    await make(Counting(replies=[Reply(content="3")] * 9), n=9, max_concurrency=2).ainvoke(ASK)
+    await make(Counting(replies=[Reply(content="3")] * 9), n=9, policy=SamplingPolicy(max_concurrency=2)).ainvoke(ASK)
     assert peak == 2
 
 

@@ -70,7 +70,7 @@ Run = Callable[[OpenAIChatModel, int, float], Any]
 async def plain(model: OpenAIChatModel, n: int, seconds: float) -> dict[str, Any]:
     """The record of a step of one's own."""
     asking = model.bind(logprobs=True, top_logprobs=4)
-    drawn = await sample(lambda _: asking.ainvoke("hi"), n=n, timeout=seconds, parse=message_candidate)
+    drawn = await sample(lambda _: asking.ainvoke("hi"), n=n, policy=seconds, parse=message_candidate)
     selection = Selector()(drawn.candidates)
     assert [c.index for c in drawn.candidates] == sorted(drawn.messages)
     return decision_record(drawn, selection)
@@ -78,7 +78,7 @@ async def plain(model: OpenAIChatModel, n: int, seconds: float) -> dict[str, Any
 
 async def graph(model: OpenAIChatModel, n: int, seconds: float) -> dict[str, Any]:
     """The record of a step of an agent."""
-    agent = create_centroid_agent(model, n=n, timeout=seconds, top_logprobs=4)
+    agent = create_centroid_agent(model, n=n, policy=seconds, top_logprobs=4)
     state = await agent.ainvoke({"messages": [("user", "hi")]})
     return state["messages"][-1].response_metadata["ec_agents"]
 
