@@ -93,11 +93,13 @@ class AiohttpTransport:
         timeout = aiohttp.ClientTimeout(
             sock_connect=limits.get("connect"), sock_read=limits.get("read"), connect=limits.get("pool")
         )
+        plain = self._proxy_headers and request.url.scheme == "http"
         with _errors_of_httpx():
             response = await self._session.request(
                 request.method,
                 str(request.url),
-                headers=request.headers,
+                # A proxy gets its headers with a request that it forwards, or else when it opens a tunnel.
+                headers={**self._proxy_headers, **request.headers} if plain else request.headers,
                 data=request.content or None,
                 allow_redirects=False,
                 auto_decompress=False,
