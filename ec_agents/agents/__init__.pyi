@@ -12,4 +12,10 @@ from ec_agents.agents.middleware import (
     CentroidAgentState as CentroidAgentState,
     EntropyCentroidMiddleware as EntropyCentroidMiddleware,
 )
+from ec_agents.agents.once import (
+    IdempotencyKey as IdempotencyKey,
+    UnknownCall as UnknownCall,
+    once as once,
+    once_where_destructive as once_where_destructive,
+)
 from ec_agents.agents.quiet_model import sampling_model as sampling_model
