@@ -30,6 +30,7 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.prebuilt import ToolNode
 from langgraph.store.base import BaseStore
 
+from ec_agents.agents.once import once_where_destructive
 from ec_agents.agents.step import (
     Write,
     announce,
@@ -305,7 +306,7 @@ def unpack_candidates(state: Mapping[str, Any] | None) -> CandidateSet:
 
 
 def _tool_node(tools: Sequence[Tool]) -> ToolNode | None:
-    own = [tool for tool in tools if not isinstance(tool, dict)]
+    own = once_where_destructive([tool for tool in tools if not isinstance(tool, dict)])
     return ToolNode(own, handle_tool_errors=True) if own else None
 
 

@@ -392,8 +392,8 @@ def _journal(
         return CheckpointJournal(saver, str(settings["thread_id"]), key, held_by)
     if store is None or message is None or message.id is None:
         raise Refused(
-            f"once() has nowhere to record the call of {tool.name!r}: compile the graph with a checkpointer or, if you keep "
-            "the messages and their ids yourself, with a store"
+            f"once() has nowhere to record the call of {tool.name!r}: compile the graph with a checkpointer or, if you "
+            "keep the messages and their ids yourself, with a store"
         )
     if tool.on_unknown == "ask":
         raise Refused(
@@ -419,7 +419,13 @@ def _key(settings: Mapping[str, Any], message: AIMessage | None, tool_call_id: s
 
 def _calling_message(state: Any, tool_call_id: str) -> AIMessage | None:
     """The last message with the tool call, in whatever form the state has."""
-    by_field: Any = state if isinstance(state, Mapping) else {"": state} if isinstance(state, list) else getattr(state, "__dict__", {})
+    by_field: Any = (
+        state
+        if isinstance(state, Mapping)
+        else {"": state}
+        if isinstance(state, list)
+        else getattr(state, "__dict__", {})
+    )
     for messages in by_field.values():
         message: Any
         for message in reversed(messages if isinstance(messages, list) else ()):

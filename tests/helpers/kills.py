@@ -1,7 +1,7 @@
 """Kill agents that pay, at given points or at random, resume them, and count what was paid.
 
-A process of its own (``python kills.py SETTINGS``), because each run of the agent is a fork of it that SIGKILL ends.
-Prints one JSON object per scenario.
+A process of its own (``python kills.py HOME SETTINGS ...``), because each run of the agent is a fork of it that SIGKILL
+ends. Prints one JSON object per run: what was paid and asked, and the settings.
 """
 
 import asyncio
@@ -11,10 +11,12 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager, suppress
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,13 @@ from ec_agents import (
 from ec_agents.agents.journal import CheckpointJournal, Record
 from ec_agents.testing.scripted import profile_logprobs
 
-POINTS = ("before the intent", "before the effect", "before the result", "before the checkpoint", "after the checkpoint")
+POINTS = (
+    "before the intent",
+    "before the effect",
+    "before the result",
+    "before the checkpoint",
+    "after the checkpoint",
+)
 PLAIN_POINTS = POINTS[1:]
 
 
@@ -117,7 +125,7 @@ class Shop:
                 return create_agent(model, tools, middleware=[EntropyCentroidMiddleware(n=2)], checkpointer=saver)
             case "sub-graph":
                 outer: Any = StateGraph(MessagesState)
-                outer.add_node("agent", create_agent(model, tools, middleware=[EntropyCentroidMiddleware(n=2)]))
+                outer.add_node("agent", create_centroid_agent(model, tools, n=2))
                 return outer.add_edge(START, "agent").compile(checkpointer=saver)
             case _:
                 graph: Any = StateGraph(CentroidState)
@@ -130,29 +138,26 @@ class Shop:
     def watch(self, saver: Any) -> None:
         """Reach the points that lie in the checkpointer and in the journal."""
 
-        def dies_at(write: Callable[..., Any], before: str, after: str) -> Any:
-            def paying(writes: Any) -> bool:
-                return any(isinstance(m, ToolMessage) for _, value in writes if isinstance(value, list) for m in value)
+        put, aput = saver.put_writes, saver.aput_writes
 
-            async def awrite(config: Any, writes: Any, *args: Any) -> None:
-                if paying(writes):
-                    self.reach(before)
-                await write(config, writes, *args)
-                if paying(writes):
-                    self.reach(after)
+        @contextmanager
+        def watching(writes: Any) -> Iterator[None]:
+            paying = any(isinstance(m, ToolMessage) for _, value in writes if isinstance(value, list) for m in value)
+            if paying:
+                self.reach("before the checkpoint")
+            yield
+            if paying:
+                self.reach("after the checkpoint")
 
-            def write_now(config: Any, writes: Any, *args: Any) -> None:
-                if paying(writes):
-                    self.reach(before)
-                write(config, writes, *args)
-                if paying(writes):
-                    self.reach(after)
+        def put_writes(config: Any, writes: Any, *args: Any) -> None:
+            with watching(writes):
+                put(config, writes, *args)
 
-            return awrite if self.settings["asynchronous"] else write_now
+        async def aput_writes(config: Any, writes: Any, *args: Any) -> None:
+            with watching(writes):
+                await aput(config, writes, *args)
 
-        name = "aput_writes" if self.settings["asynchronous"] else "put_writes"
-        setattr(saver, name, dies_at(getattr(saver, name), "before the checkpoint", "after the checkpoint"))
-
+        saver.put_writes, saver.aput_writes = put_writes, aput_writes
         encode = CheckpointJournal._checkpoint
 
         def watched(journal: CheckpointJournal, record: Record) -> Any:
@@ -208,21 +213,19 @@ class Shop:
         child = os.fork()
         if child:
             return child
+        status = 1
         try:
+            # Synchronous graphs and savers never suspend the coroutine, and need no event loop that some would refuse.
             if self.settings["asynchronous"]:
                 asyncio.run(self.run(thread))
             else:
-                coroutine = self.run(thread)  # never suspends: graph and saver are synchronous
-                try:
-                    coroutine.send(None)
-                except StopIteration:
-                    pass
-            os._exit(0)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            os._exit(1)
+                with suppress(StopIteration):
+                    self.run(thread).send(None)
+            status = 0
+        finally:
+            if status:
+                traceback.print_exc()
+            os._exit(status)
 
     def counts(self, kills: int) -> dict[str, Any]:
         lines = self.paid.read_text(encoding="utf-8").splitlines()
@@ -246,47 +249,58 @@ def ended(child: int) -> int:
 
 
 def at_points(shop: Callable[[], Shop], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Kill a run once, at each point of each payment, and resume it."""
+    """Kill a run once, at each point of its last payment, and resume it."""
     for point in POINTS if settings["once"] else PLAIN_POINTS:
-        for amount in range(settings["payments"]):
-            here = shop()
-            thread = f"{settings['front']} {point} {amount} {time.monotonic_ns()}"
-            here.point = (point, amount)
-            killed = ended(here.fork(thread))
-            here.point = None
-            resumed = ended(here.fork(thread))
-            assert (killed, resumed) == (-signal.SIGKILL, 0), (killed, resumed, point, amount)
-            yield {"point": point, "amount": amount, **here.counts(1)}
+        here, amount = shop(), settings["payments"] - 1
+        thread = f"{settings['front']} {point} {time.monotonic_ns()}"
+        here.point = (point, amount)
+        killed = ended(here.fork(thread))
+        here.point = None
+        resumed = ended(here.fork(thread))
+        assert (killed, resumed) == (-signal.SIGKILL, 0), (killed, resumed, point, amount)
+        yield {"point": point, **here.counts(1)}
 
 
 def at_random(shop: Callable[[], Shop], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Kill a run again and again after random times, until it ends."""
     here, kills, chance = shop(), 0, random.Random(settings["seed"])
     thread = f"{settings['front']} {settings['seed']} {time.monotonic_ns()}"
-    while True:
+    status = -signal.SIGKILL
+    while status == -signal.SIGKILL:
         child = here.fork(thread)
-        time.sleep(chance.uniform(0.0, settings["longest"]) if kills < settings["kills"] else 60)
-        os.kill(child, signal.SIGKILL)
+        if kills < settings["kills"]:
+            time.sleep(chance.uniform(0.0, settings["longest"]))
+            os.kill(child, signal.SIGKILL)
         status = ended(child)
-        if status != -signal.SIGKILL:
-            assert status == 0, status
-            break
-        kills += 1
+        kills += status == -signal.SIGKILL
+    assert status == 0, status
     yield {"point": "random", **here.counts(kills)}
 
 
-def main() -> None:
-    settings = {"payments": 2, "slow": 0.0, "durability": "async", "asynchronous": False, **json.loads(sys.argv[1])}
-    home, count = Path(settings["home"]), iter(range(10**6))
+def setup(kind: str, address: str) -> None:
+    """Create the tables of a database server."""
+    if kind == "postgres":
+        with import_module("langgraph.checkpoint.postgres").PostgresSaver.from_conn_string(address) as saver:
+            saver.setup()
 
-    def shop() -> Shop:
-        place = home / f"{settings['front']}-{os.getpid()}-{next(count)}"
-        place.mkdir()
-        return Shop(place, settings)
 
-    for row in (at_random if settings.get("random") else at_points)(shop, settings):
-        print(json.dumps(row), flush=True)
+DEFAULTS = {"once": True, "payments": 2, "slow": 0.0, "durability": "async", "asynchronous": False, "random": False}
+
+
+def main(home: Path, *runs: str) -> None:
+    for number, run in enumerate(runs):
+        settings = {**DEFAULTS, "database": ["sqlite", ""], **json.loads(run)}
+        setup(*settings["database"])
+        places = (home / f"{number}-{i}" for i in count())
+
+        def shop(places: Iterator[Path] = places, settings: dict[str, Any] = settings) -> Shop:
+            place = next(places)
+            place.mkdir()
+            return Shop(place, settings)
+
+        for row in (at_random if settings["random"] else at_points)(shop, settings):
+            print(json.dumps({**settings, **row}), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]), *sys.argv[2:])
