@@ -1,4 +1,4 @@
-"""``CentroidChatModel`` in a chain that existed before: a prompt, a model, a parser.
+"""``CentroidChatModel`` in an ordinary chain: a prompt, a model, a parser.
 
 Offline, on the embedded model: ``python examples/chat_model.py``
 Live: ``python examples/chat_model.py --base-url http://localhost:8000/v1 --model my-model`` (needs langchain-openai)
@@ -19,20 +19,20 @@ from ec_agents.embedded import EmbeddedChatModel, make_tasks
 
 
 async def main() -> None:
-    """Ask three questions through the chain, then one for its record."""
+    """Ask three questions through the chain, then show how one answer was chosen."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base-url", help="an OpenAI-compatible server; without it, the embedded model answers")
     parser.add_argument("--model", default="default")
     options = parser.parse_args()
-    asked: BaseChatModel = EmbeddedChatModel()
+    wrapped: BaseChatModel = EmbeddedChatModel(seed=1)
     if options.base_url:
         from langchain_openai import ChatOpenAI  # noqa: PLC0415 - only live
 
-        asked = ChatOpenAI(
+        wrapped = ChatOpenAI(
             base_url=options.base_url, model=options.model, api_key=SecretStr(os.environ.get("OPENAI_API_KEY", "none"))
         )
 
-    model = CentroidChatModel(asked, n=8)
+    model = CentroidChatModel(wrapped, n=8)
     chain = ChatPromptTemplate.from_messages([("user", "{question}")]) | model | StrOutputParser()
     questions = [task.prompt for task in make_tasks("solve", 3)]
     with get_usage_metadata_callback() as usage:

@@ -1,18 +1,18 @@
-"""Does choosing help on these tasks? Draw once, grade every answer, replay every selector. Runs offline in seconds."""
+"""Does selection help on these tasks? Sample once, grade every response, replay every selector; offline, in seconds."""
 
 import asyncio
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
-
-from ec_agents import Selector
-from ec_agents.cli.evaluate import table_of
-from ec_agents.evaluation.factories import embedded_model
-from ec_agents.evaluation.html import write_evaluation_report
-from ec_agents.evaluation.run import EvalRun, EvalSettings
-from ec_agents.evaluation.tasks import check_embedded, read_tasks
-from ec_agents.scoring import scorer_named
+from ec_agents import Selector, scorer_named
+from ec_agents.evaluation import (
+    EvalRun,
+    EvalSettings,
+    check_embedded,
+    embedded_model,
+    read_tasks,
+    write_evaluation_report,
+)
 
 SELECTORS = ("centroid", "centroid-short", "mean-entropy", "shortest", "majority-then-centroid")
 
@@ -30,7 +30,9 @@ def main() -> None:
     )
     asyncio.run(run.run())
     evaluation = run.evaluation(prices=(0.15, 0.60))
-    Console().print(table_of(evaluation))
+    for row in evaluation.rows:
+        right = row.accuracy
+        print(f"{row.selector:24} {right.value:.0%} right [{right.low:.0%}, {right.high:.0%}]")
     write_evaluation_report(evaluation, folder / "report.html")
     print(folder / "report.html")
 

@@ -1,4 +1,4 @@
-"""Centroid selection inside agents of ``langchain.agents.create_agent``: the middleware, a person, a crash.
+"""The middleware in agents of ``langchain.agents.create_agent``: one line, human in the loop, resuming after a crash.
 
 Offline, on the embedded model: ``python examples/middleware.py``
 Live: ``python examples/middleware.py --base-url http://localhost:8000/v1 --model my-model`` (needs langchain-openai)
@@ -25,7 +25,7 @@ ASK: Any = {"messages": [("user", TASK.prompt)]}
 
 
 def one_line(model: BaseChatModel) -> None:
-    """The agent as it was, plus one line."""
+    """Add one line to an existing agent."""
     middleware: list[Any] = [ModelCallLimitMiddleware(run_limit=LIMIT), EntropyCentroidMiddleware(n=8)]
     agent: Any = create_agent(model, [TASK.calc_tool()], middleware=middleware)
     print(f"question: {TASK.prompt}")
@@ -39,7 +39,7 @@ def one_line(model: BaseChatModel) -> None:
 
 
 def approval(model: BaseChatModel) -> None:
-    """A person approves the very action that then runs; nothing is drawn again."""
+    """A person approves the chosen action, and exactly that one runs; nothing is sampled again."""
     middleware: list[Any] = [
         ModelCallLimitMiddleware(thread_limit=LIMIT),
         HumanInTheLoopMiddleware(interrupt_on={"calc": True}),
@@ -55,11 +55,11 @@ def approval(model: BaseChatModel) -> None:
 
 
 def crash(model: BaseChatModel) -> None:
-    """A run that fails in a tool goes on from the chosen action."""
+    """A run that fails in a tool resumes from the chosen action."""
     work, failures = TASK.calc_tool(), [RuntimeError("the machine went down")]
 
     def calc(expression: str) -> str:
-        """Apply one operation to two of the numbers that are left."""
+        """Apply one operation to two of the remaining numbers."""
         if failures:
             raise failures.pop()
         return work(expression)
@@ -69,7 +69,7 @@ def crash(model: BaseChatModel) -> None:
     try:
         state = agent.invoke(ASK, THREAD)
     except RuntimeError as error:
-        print(f"crashed: {error}; going on")
+        print(f"crashed: {error}; resuming")
         state = agent.invoke(None, THREAD)
     print(f"answer: {state['messages'][-1].text}")
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--base-url", help="an OpenAI-compatible server; without it, the embedded model answers")
     parser.add_argument("--model", default="default")
     options = parser.parse_args()
-    model: BaseChatModel = EmbeddedChatModel()
+    model: BaseChatModel = EmbeddedChatModel(seed=1)
     if options.base_url:
         from langchain_openai import ChatOpenAI  # noqa: PLC0415 - only live
 

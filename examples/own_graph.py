@@ -1,4 +1,4 @@
-"""A graph of one's own: four candidates a step, and sixteen where the choice among the four was close.
+"""Nodes in your own graph: four candidates per step, and sixteen more where the choice was close.
 
 Offline, on the embedded model: ``python examples/own_graph.py``
 Live: ``python examples/own_graph.py --base-url http://localhost:8000/v1 --model my-model``
@@ -13,26 +13,26 @@ from langgraph.graph import START, StateGraph
 from langgraph.prebuilt import ToolNode
 from langgraph.types import Command
 
-from ec_agents import CentroidScorerNode, CentroidState, SamplingNode, route_selected
+from ec_agents import CentroidScorerNode, CentroidState, OpenAIChatModel, SamplingNode, route_selected
 from ec_agents.embedded import EmbeddedChatModel, make_tasks
-from ec_agents.servers.openai_chat_model import OpenAIChatModel
 
 TASK = make_tasks("play", 1)[0]
 CLOSE = 0.05
-"""Below this margin between the two lowest centroids, and if no other candidate does the same, more are drawn."""
+"""A margin below this, with no other candidate doing the same, samples more."""
 
 
 class State(CentroidState, total=False):
-    """The conversation, the evidence, and whether this step was drawn a second time."""
+    """The conversation, the evidence, and whether this step was sampled twice."""
 
     again: bool
 
 
 def weigh(state: State) -> Command[Literal["more", "tools", "__end__"]]:
-    """Act on a clear choice; take a close one back, once a step."""
+    """Act on a clear choice; take a close one back, once per step."""
     chosen, decision = state.get("messages", [])[-1], state.get("ec_decision", {})
     margin, n_agree = decision["margin"], decision["n_agree"]
-    print(f"{getattr(chosen, 'tool_calls', None) or chosen.text}: margin {margin}, {n_agree} candidates agree")
+    calls = [call["args"] for call in getattr(chosen, "tool_calls", [])]
+    print(f"{calls or chosen.text}: margin {margin or 0:.3f}, {n_agree} candidates agree")
     is_close = n_agree == 1 and margin is not None and margin < CLOSE
     if is_close and not state.get("again") and chosen.id:
         return Command(goto="more", update={"messages": [RemoveMessage(chosen.id)], "again": True})
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--model", default="default")
     options = parser.parse_args()
     live = options.base_url and OpenAIChatModel(base_url=options.base_url, model=options.model)
-    agent = build(live or EmbeddedChatModel())
+    agent = build(live or EmbeddedChatModel(seed=3))
     print(TASK.prompt)
     state = agent.invoke({"messages": [("user", TASK.prompt)]}, {"recursion_limit": 60})
     print(f"answer: {state['messages'][-1].text}")

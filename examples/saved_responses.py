@@ -1,4 +1,4 @@
-"""Choose among responses that were saved earlier; no model, no framework."""
+"""Choose among saved responses; no model, no framework."""
 
 from ec_agents import response_candidates, select
 from ec_agents.testing import profile_logprobs

@@ -6,4 +6,4 @@ from ec_agents.testing.scripted import (
     ScriptedChatModel as ScriptedChatModel,
     profile_logprobs as profile_logprobs,
 )
-from ec_agents.testing.server import FaultServer as FaultServer
+from ec_agents.testing.server import FaultServer as FaultServer, completion as completion
