@@ -127,6 +127,23 @@ def test_hostile_texts_stay_in_their_cell(tmp_path: Path):
     assert len(out.getvalue().splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+1", "-1+cmd|' /C calc'!A0", "@SUM(A1)", "\t=1", " =1", "\r=1", "plain", "a=1"]
+)
+def test_csv_is_safe_in_spreadsheets(tmp_path: Path, text: str):
+    """A text that a spreadsheet would evaluate begins with an apostrophe; numbers stay numbers."""
+    path = tmp_path / "t.jsonl"
+    with TraceWriter(path) as trace:
+        trace.write(Step(run=text, candidates=response_candidates(response("!..", ".!.")), failures={2: text}))
+    write_file(tmp_path / "s.csv", score_rows(path, ["mean-logprob"]), ["mean-logprob"])
+    with (tmp_path / "s.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    safe = text if text in {"plain", "a=1"} else f"'{text}"
+    assert [row["run"] for row in rows] == [safe] * 3
+    assert rows[2]["flaws"] == safe
+    assert float(rows[0]["mean-logprob"]) < 0
+
+
 # The command
 
 
