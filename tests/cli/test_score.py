@@ -138,7 +138,7 @@ def test_csv_is_safe_in_spreadsheets(tmp_path: Path, text: str):
     write_file(tmp_path / "s.csv", score_rows(path, ["mean-logprob"]), ["mean-logprob"])
     with (tmp_path / "s.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    safe = text if text in {"plain", "a=1"} else f"'{text}"
+    safe = text if text in {"plain", "a=1"} else f"'{text}".replace("\r", "\n")
     assert [row["run"] for row in rows] == [safe] * 3
     assert rows[2]["flaws"] == safe
     assert float(rows[0]["mean-logprob"]) < 0
