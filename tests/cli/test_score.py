@@ -77,9 +77,8 @@ def test_a_trace_gives_the_rows_of_its_steps(tmp_path: Path):
     assert rows[2]["centroid"] is None
 
 
-def test_where_nothing_can_be_scored_nothing_is_chosen_and_nothing_is_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_nothing_to_score(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Where nothing can be scored, nothing is chosen and nothing is logged."""
     with caplog.at_level(logging.DEBUG):
         rows = list(score_rows(saved(tmp_path / "r.jsonl", response(None, None)), ["centroid", "majority"]))
     assert [(row["chosen"], row["centroid"], row["flaws"]) for row in rows] == [(False, None, "no_signal")] * 2

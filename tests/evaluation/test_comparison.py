@@ -99,7 +99,8 @@ def test_the_paired_test_is_exact_for_few_tasks(differences: list[int]):
     assert stats.paired_p(differences, np.random.default_rng(0)) == pytest.approx(expected)
 
 
-def test_the_paired_test_finds_a_difference_in_many_tasks_and_none_in_noise():
+def test_paired_test():
+    """It finds a difference in many tasks and none in noise."""
     rng = np.random.default_rng(0)
     assert stats.paired_p(rng.normal(0.5, 1, 200), rng) < 0.001
     assert stats.paired_p(rng.normal(0, 1, 200), rng) > 0.05
@@ -218,7 +219,8 @@ def test_agreement_with_what_was_recorded():
     assert (found.row("entropy").agreement, found.row("first").agreement) == (1.0, 0.0)
 
 
-def test_baselines_are_chosen_and_a_baseline_is_compared_with_those_before_it():
+def test_baselines():
+    """Baselines can be chosen; each is compared with those before it."""
     graded = noise(10, 4, np.random.default_rng(0))
     found = evaluate(graded, {"entropy": SIZE, "other": SIZE}, baselines=("first", "majority", "entropy"), resamples=20)
     assert found.baselines == ("first", "majority", "entropy")

@@ -167,9 +167,11 @@ async def test_whole_runs_of_an_agent_are_graded_for_each_selector(tmp_path: Pat
     assert found.row("centroid").tokens == 40
 
 
-async def test_an_agent_that_does_not_end_is_wrong_and_one_that_cannot_be_reached_is_an_error(
+async def test_unending_and_unreachable_agents(
     tmp_path: Path,
 ):
+    """An agent that does not end is wrong; one that cannot be reached is an error."""
+
     def calc(expression: str) -> str:
         """Calculate."""
         return "again"
