@@ -10,6 +10,7 @@ import json
 import uuid
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints, overload
 
 from langchain_core.messages import AIMessage, ToolMessage
@@ -103,7 +104,7 @@ def once(tool: BaseTool | Callable[..., Any] | None = None, *, on_unknown: OnUnk
         {'amount': {'title': 'Amount', 'type': 'integer'}}
     """
     if tool is None:
-        return lambda tool: once(tool, on_unknown=on_unknown)
+        return partial(once, on_unknown=on_unknown)
     if not (isinstance(tool, BaseTool) or callable(tool)):
         raise ConfigError(f"once() needs a tool or a function, got {type(tool).__name__}; server tools run elsewhere")
     if on_unknown not in _ANSWERS and not callable(on_unknown):
@@ -170,10 +171,11 @@ class OnceTool(BaseTool):
         call = _Call.of(self, tool_input, config, tool_call_id)
         actions: dict[str, Callable[..., Any]] = {
             "run": lambda: self.tool.run(call.input, *args, config=config, tool_call_id=tool_call_id, **kwargs),
-            "decide": lambda unknown: run_blocking(lambda: self._decide(unknown)),
+            "decide": self._decide,
         }
         steps = call.steps()
-        resume, value = steps.send, None
+        resume: Callable[[Any], Any] = steps.send
+        value: Any = None
         while True:
             try:
                 name, *arguments = resume(value)
@@ -191,10 +193,11 @@ class OnceTool(BaseTool):
         call = _Call.of(self, tool_input, config, tool_call_id)
         actions: dict[str, Callable[..., Any]] = {
             "run": lambda: self.tool.arun(call.input, *args, config=config, tool_call_id=tool_call_id, **kwargs),
-            "decide": self._decide,
+            "decide": self._adecide,
         }
         steps = call.steps()
-        resume, value = steps.send, None
+        resume: Callable[[Any], Any] = steps.send
+        value: Any = None
         while True:
             try:
                 name, *arguments = resume(value)
@@ -208,9 +211,17 @@ class OnceTool(BaseTool):
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("a OnceTool runs its tool by run and arun")  # BaseTool wants one
 
-    async def _decide(self, unknown: UnknownCall) -> Any:
+    def _decide(self, unknown: UnknownCall) -> Any:
+        answer = cast("Callable[[UnknownCall], Any]", self.on_unknown)(unknown)
+        return run_blocking(partial(_awaited, answer)) if inspect.isawaitable(answer) else answer
+
+    async def _adecide(self, unknown: UnknownCall) -> Any:
         answer = cast("Callable[[UnknownCall], Any]", self.on_unknown)(unknown)
         return await answer if inspect.isawaitable(answer) else answer
+
+
+async def _awaited(answer: Awaitable[Any]) -> Any:
+    return await answer
 
 
 class _Signature:
@@ -244,7 +255,7 @@ class _Call:
         """Find out which call of which run this is, and where to record it; refuse if that cannot be known."""
         given: dict[str, Any] = {**tool_input} if isinstance(tool_input, dict) else {"input": tool_input}
         found: Any = given.get(tool.runtime_arg)
-        runtime: ToolRuntime[Any, Any] | None = found if isinstance(found, ToolRuntime) else None
+        runtime = cast("ToolRuntime[Any, Any]", found) if isinstance(found, ToolRuntime) else None
         settings: dict[str, Any] = dict(ensure_config(config).get("configurable") or {})
         if tool_call_id is None or "checkpoint_ns" not in settings:
             raise Refused(
@@ -341,11 +352,12 @@ class _Call:
         return answer
 
     def _answer(self, asked: int | None) -> Any:
+        """The latest resume value since the question that is an answer for this call; None: there is none."""
         for answer in reversed(self.answers[asked:] if asked is not None else ()):
-            named = answer.get(self.id) if isinstance(answer, Mapping) else None
-            found = named if named is not None or self.shares_task else answer
-            if found in ("skip", "repeat") or (isinstance(found, Mapping) and list(found) == ["result"]):
-                return found
+            named: Any = cast("Any", answer).get(self.id) if isinstance(answer, dict) else None
+            found: Any = named if named is not None or self.shares_task else answer
+            if found in ("skip", "repeat") or (isinstance(found, dict) and "result" in cast("dict[str, Any]", found)):
+                return cast("Any", found)
         return None
 
     def _record(self, action: str, *args: Any) -> _Steps:
@@ -419,19 +431,18 @@ def _key(settings: Mapping[str, Any], message: AIMessage | None, tool_call_id: s
 
 def _calling_message(state: Any, tool_call_id: str) -> AIMessage | None:
     """The last message with the tool call, in whatever form the state has."""
-    by_field: Any = (
-        state
-        if isinstance(state, Mapping)
-        else {"": state}
-        if isinstance(state, list)
-        else getattr(state, "__dict__", {})
-    )
-    for messages in by_field.values():
-        message: Any
-        for message in reversed(messages if isinstance(messages, list) else ()):
-            if isinstance(message, AIMessage) and any(call["id"] == tool_call_id for call in message.tool_calls):
-                return message
+    lists: Any = [state] if isinstance(state, list) else _fields(state).values()
+    messages: list[Any] = [
+        message for found in lists if isinstance(found, list) for message in cast("list[Any]", found)
+    ]
+    for message in reversed(messages):
+        if isinstance(message, AIMessage) and any(call["id"] == tool_call_id for call in message.tool_calls):
+            return message
     return None
+
+
+def _fields(state: Any) -> Mapping[str, Any]:
+    return cast("Mapping[str, Any]", state) if isinstance(state, Mapping) else getattr(state, "__dict__", {})
 
 
 def _same(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
