@@ -53,6 +53,11 @@ def check_kills(rows: list[dict[str, Any]], runs: int) -> None:
         assert (row["twice"], row["lost"], row["keys"]) == (0, 0, 2), row
         assert row["said"] == ["", "paid 0", "", "paid 1", "all paid"], row
         assert row["asked"] == (row["point"] in ("before the effect", "before the result")), row
+        if row["point"] == "after the checkpoint" and row["front"] == "graph" and not row["asynchronous"]:
+            assert row["found"] == [
+                [],
+                ["tools"],
+            ]  # nothing is next, but a task of the step is there: its result is kept
 
 
 def test_sqlite(tmp_path: Path):

@@ -179,6 +179,9 @@ class Shop:
             agent = self.agent(saver)
             state = await agent.aget_state(config) if asynchronous else agent.get_state(config)
             given: Any = None if state.values else {"messages": [("user", "pay")]}
+            (self.home / "found").write_text(
+                json.dumps([state.next, [task.name for task in state.tasks]]), encoding="utf-8"
+            )
             if state.interrupts:
                 given = self.answer(state.interrupts[0].value)
             while True:
@@ -240,6 +243,7 @@ class Shop:
             "asked": len(questions),
             "keys": len(set(lines)),
             "said": said[1:],
+            "found": json.loads((self.home / "found").read_text(encoding="utf-8")),
         }
 
 
