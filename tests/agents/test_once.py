@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Barrier
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import pytest
 from helpers.paths import ROOT
@@ -425,13 +425,13 @@ def test_a_journal_that_cannot_be_written_ends_the_run():
     """The model is not told that a call failed which may have been carried out."""
 
     class Full(InMemorySaver):
-        left = 1
+        left: ClassVar = [1]
 
         def put(self, config: Any, *args: Any) -> Any:
             if config["configurable"]["checkpoint_ns"].startswith(journal.NAMESPACE):
                 if not self.left:
                     raise OSError("disk full")
-                self.left -= 1
+                self.left.pop()
             return super().put(config, *args)
 
     till = Till.new()
@@ -439,7 +439,7 @@ def test_a_journal_that_cannot_be_written_ends_the_run():
     agent = wired([till.tool()], PAY, checkpointer=saver)
     with pytest.raises(StateError, match="disk full"):
         agent.invoke(ASK, THREAD)
-    saver.left = 9
+    saver.left.extend([1, 1])
     assert "ec_once" in question(agent.invoke(None, THREAD))
     assert till.paid == [5]
 
