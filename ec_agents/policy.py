@@ -128,6 +128,10 @@ class SamplingPolicy:
         if self.hedge_after is not None and limits and self.hedge_after >= min(limits):
             raise ConfigError(f"hedge_after must be below timeout and deadline; found {self.hedge_after:g} s")
 
+    def gate(self) -> AbstractAsyncContextManager[Any]:
+        """Return the concurrency limit of one step."""
+        return nullcontext() if self.max_concurrency is None else asyncio.Semaphore(self.max_concurrency)
+
     def check(self, n: int) -> None:
         """Check the values against N.
 

@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
-from contextlib import nullcontext
 from contextvars import copy_context
 from dataclasses import replace
 from functools import cache
@@ -62,7 +61,7 @@ async def sample(
     """
     policy = as_policy(policy)
     policy.check(n)
-    gate = nullcontext() if policy.max_concurrency is None else asyncio.Semaphore(policy.max_concurrency)
+    gate = policy.gate()
     give_up_at = math.inf if policy.deadline is None else asyncio.get_running_loop().time() + policy.deadline
     drawn: dict[int, tuple[Any, Candidate]] = {}
     failures: dict[int, BaseException] = {}
@@ -72,8 +71,8 @@ async def sample(
 
     async def one(index: int) -> None:
         try:
-            response, seconds = await respond(lambda: _timed(call(index)), policy, gate, give_up_at)
-            candidate = _with_seconds(parse(response, index), seconds)
+            response, seconds = await respond(lambda: timed(call(index)), policy, gate, give_up_at)
+            candidate = with_seconds(parse(response, index), seconds)
         except GraphBubbleUp:
             raise
         except (Exception, asyncio.CancelledError) as failure:
@@ -129,13 +128,14 @@ def run_blocking(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         raise
 
 
-async def _timed(response: Awaitable[_T]) -> tuple[_T, float]:
+async def timed(response: Awaitable[_T]) -> tuple[_T, float]:
+    """Return the response and the seconds it took."""
     now = asyncio.get_running_loop().time
     started = now()
     return await response, now() - started
 
 
-def _with_seconds(candidate: Candidate, seconds: float) -> Candidate:
+def with_seconds(candidate: Candidate, seconds: float) -> Candidate:
     """Return the candidate with its latency, unless it has one from an earlier attempt of the step."""
     return candidate if candidate.seconds is not None else replace(candidate, seconds=seconds)
 

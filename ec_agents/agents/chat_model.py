@@ -24,9 +24,11 @@ from langchain_core.tools import BaseTool
 from langsmith import tracing_context  # pyright: ignore[reportUnknownVariableType]
 from pydantic import PrivateAttr
 
+from ec_agents.agents.quiet_model import is_configurable
 from ec_agents.agents.step import chosen_message, decide, record_step, step_name, stream_writer
 from ec_agents.agents.step_request import StepModel, StepRequest, calling
 from ec_agents.candidates import Candidate, CandidateSet, Selection
+from ec_agents.errors import ConfigError
 from ec_agents.messages import OneChunkModel, bound_action_problem, message_candidate
 from ec_agents.policy import as_policy
 from ec_agents.sampling import run_blocking
@@ -105,6 +107,11 @@ class CentroidChatModel(OneChunkModel):
         self.trace = as_trace_writer(self.trace)
         self.policy = as_policy(self.policy)
         self.policy.check(self.n)
+        if is_configurable(self.model):
+            raise ConfigError(
+                "model is configurable, and CentroidChatModel asks one model; make one for each alternative: "
+                "CentroidChatModel(a).configurable_alternatives(ConfigurableField(...), b=CentroidChatModel(b))"
+            )
         action_format = cast("ActionFormat", self.action_format)
         self._step = StepModel(self.model, top_logprobs=self.top_logprobs, action_format=action_format)
 

@@ -7,6 +7,7 @@ a crash there does not pay for the N calls again; only the chosen message enters
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -31,6 +32,7 @@ from langgraph.prebuilt import ToolNode
 from langgraph.store.base import BaseStore
 
 from ec_agents.agents.once import once_where_destructive
+from ec_agents.agents.quiet_model import is_configurable
 from ec_agents.agents.step import (
     Write,
     announce,
@@ -43,7 +45,7 @@ from ec_agents.agents.step import (
     unpacked,
     without_logprobs,
 )
-from ec_agents.agents.step_request import StepModel, StepRequest, calling
+from ec_agents.agents.step_request import StepModel, StepRequest, calling, check_action_format
 from ec_agents.candidates import FORMAT, Candidate, CandidateSet
 from ec_agents.errors import FailedCall, StateError
 from ec_agents.messages import invalid_action, message_candidate
@@ -106,11 +108,12 @@ class SamplingNode(Runnable[Any, dict[str, Any]]):
         policy.check(n)
         self.name = "sample"
         self.n = n
-        self._model = StepModel(model, top_logprobs=top_logprobs, action_format=action_format)
-        options = self._model.with_tools(tools) if tools else self._model.options
-        self._request = StepRequest(self._model, options, n, policy=policy, parse=self._parse)
-        self._request.refuse()
+        self._bound, self._policy = tools, policy
         self._tools = _tools_by_name(tools)
+        check_action_format(action_format)
+        self._prepare = partial(StepModel, model, top_logprobs=top_logprobs, action_format=action_format)
+        # Which model a configurable one stands for is known only in a run.
+        self._fixed = None if is_configurable(model) else self._prepared(None)
         self._prompt = [SystemMessage(system_prompt)] if isinstance(system_prompt, str) else [system_prompt]
 
     def invoke(self, input: State, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:  # noqa: A002, ARG002
@@ -126,9 +129,17 @@ class SamplingNode(Runnable[Any, dict[str, Any]]):
         started = time.perf_counter()
         prompt = [message for message in self._prompt if message is not None]
         messages: list[BaseMessage] = [*prompt, *state["messages"]]
-        ask = calling(messages, merge_configs(self._model.config, config))
-        drawn = await self._request.draw(ask, write=write)
+        model, request = self._fixed or self._prepared(config)
+        drawn = await request.draw(calling(messages, merge_configs(model.config, config)), write=write)
         return {"ec_candidates": {**pack_candidates(drawn), "seconds": time.perf_counter() - started}}
+
+    def _prepared(self, run: RunnableConfig | None) -> tuple[StepModel, StepRequest]:
+        """Return the model and what to ask it, refusing what cannot work."""
+        model = self._prepare(run)
+        options = model.with_tools(self._bound) if self._bound else model.options
+        request = StepRequest(model, options, self.n, policy=self._policy, parse=self._parse)
+        request.refuse()
+        return model, request
 
     def _parse(self, response: AIMessage, index: int) -> Candidate:
         candidate = message_candidate(response, index)

@@ -5,11 +5,13 @@ it: whatever comes after it runs once for each of the N candidates.
 """
 
 import asyncio
+import math
 import operator
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +26,7 @@ from langchain_core.tools import BaseTool
 from langgraph.func import task
 from langgraph.types import Command
 
+from ec_agents.agents.running_task import check_durability, refuse_other_candidates, unanswered
 from ec_agents.agents.step import (
     Write,
     announce,
@@ -39,8 +42,8 @@ from ec_agents.agents.step_request import Options, StepModel, StepRequest, check
 from ec_agents.candidates import Candidate, CandidateSet
 from ec_agents.errors import ConfigError
 from ec_agents.messages import SIGNALS_KEY, invalid_action, message_candidate
-from ec_agents.policy import SamplingPolicy, as_policy
-from ec_agents.sampling import run_blocking
+from ec_agents.policy import SamplingPolicy, as_policy, respond
+from ec_agents.sampling import run_blocking, timed, with_seconds
 from ec_agents.scoring import Scorer
 from ec_agents.selection import Selector, as_selector
 from ec_agents.servers.json_actions import ActionFormat
@@ -64,6 +67,15 @@ Stored = tuple[bytes, Any]
 
 _TASK = "ec_sample"
 """Name of the LangGraph tasks of a durable step."""
+
+_CALL_LIMITS: Mapping[str, Any] = {
+    "timeout": None,
+    "hedge_after": None,
+    "retries": 0,
+    "max_concurrency": None,
+    "limiter": None,
+}
+"""The fields of a policy that limit single calls, switched off."""
 
 _FOREIGN = (
     "it is not from the model that was sampled: a middleware after EntropyCentroidMiddleware answered, or changed the "
@@ -163,6 +175,8 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         self.trace = as_trace_writer(trace)
         self.policy = as_policy(policy)
         self.policy.check(sys.maxsize if callable(n) else n)
+        # A durable call is one task, whose position LangGraph remembers: its retries and its queueing happen inside.
+        self._step_policy = replace(self.policy, **_CALL_LIMITS) if durable else self.policy
         check_action_format(action_format)
         self._prepared = remembering(partial(StepModel, top_logprobs=top_logprobs, action_format=action_format))
 
@@ -170,6 +184,8 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         self, request: Request, handler: Callable[[Request], Awaitable[Response]]
     ) -> ExtendedModelResponse[Any]:
         step = self._begin(request)
+        if not self.durable and (place := unanswered(step.config)):
+            refuse_other_candidates(place, await place.saver.aget_tuple(place.checkpoint))
 
         async def answer(model: BaseChatModel, options: Options, index: int) -> _Answer:
             try:
@@ -179,13 +195,14 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
 
         async def stored(model: BaseChatModel, options: Options, index: int) -> _Answer:
             async def work() -> Stored:
-                return _pack(await answer(model, options, index))
+                return _pack(await _responded(partial(answer, model, options, index), self.policy, gate))
 
             return _unpack(await task(name=_TASK)(work)(), index)
 
         async def form() -> bool:
             return step.asks.writes_json()
 
+        gate = self.policy.gate()
         as_json = await task(name=_TASK)(form)() if self._keeps_form(step) else None
         ask = stored if self.durable else answer
         drawn = await step.asks.draw(ask, write=step.write, begins_as_json=as_json)
@@ -195,8 +212,10 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         self, request: Request, handler: Callable[[Request], Response]
     ) -> ExtendedModelResponse[Any]:
         step = self._begin(request)
+        if not self.durable and (place := unanswered(step.config)):
+            refuse_other_candidates(place, place.saver.get_tuple(place.checkpoint))
         # Calls that are thrown away cannot be cut off; those that are made instead do not wait for them.
-        pool = ThreadPoolExecutor(2 * step.n, thread_name_prefix="ec_agents-sample")
+        pool = ThreadPoolExecutor(4 * step.n, thread_name_prefix="ec_agents-sample")
 
         def answer(model: BaseChatModel, options: Options, index: int) -> _Answer:
             try:
@@ -204,13 +223,16 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
             except StructuredOutputError as error:
                 return _unparsed(error, index)
 
+        async def in_thread(work: Callable[..., _Answer], *given: Any) -> _Answer:
+            return await asyncio.get_running_loop().run_in_executor(pool, copy_context().run, work, *given)
+
         def stored(model: BaseChatModel, options: Options, index: int) -> _Answer:
-            found = task(name=_TASK)(lambda: _pack(answer(model, options, index)))()
+            send = partial(in_thread, answer, model, options, index)
+            found = task(name=_TASK)(lambda: _pack(run_blocking(lambda: _responded(send, self.policy, gate))))()
             return _unpack(found.result(), index)
 
-        async def ask(model: BaseChatModel, options: Options, index: int) -> _Answer:
-            call = partial(stored if self.durable else answer, model, options, index)
-            return await asyncio.get_running_loop().run_in_executor(pool, copy_context().run, call)
+        gate = self.policy.gate()
+        ask = partial(in_thread, stored if self.durable else answer)
 
         as_json = task(name=_TASK)(step.asks.writes_json)().result() if self._keeps_form(step) else None
 
@@ -225,7 +247,8 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
 
     def _begin(self, request: Request) -> _Step:
         config = ensure_config()
-        _check_durability(config) if self.durable else _check_first_time(config)
+        if self.durable:
+            check_durability(config)
         model = self._prepared(request.model)
         n = self._n_of(request, config)
         # A schema of the user's own may become a tool; which, LangChain decides when it binds the tools.
@@ -233,7 +256,7 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         options = {**model.options, **request.model_settings}
         return _Step(
             request=request,
-            asks=StepRequest(model, options, n, policy=self.policy, parse=_candidate, tools=acts),
+            asks=StepRequest(model, options, n, policy=self._step_policy, parse=_candidate, tools=acts),
             n=n,
             tools=_checked_tools(request),
             config=config,
@@ -275,6 +298,14 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         result: list[BaseMessage] = [message if found is answer.message else found for found in answer.response.result]
         response = replace(answer.response, result=result)
         return ExtendedModelResponse(response, Command(update={"ec_decisions": [record]}))
+
+
+async def _responded(
+    send: Callable[[], Awaitable[_Answer]], policy: SamplingPolicy, gate: AbstractAsyncContextManager[Any]
+) -> _Answer:
+    """Return the answer to one call, with the limits that the policy sets for calls."""
+    answer, seconds = await respond(lambda: timed(send()), policy, gate, math.inf)
+    return replace(answer, candidate=with_seconds(answer.candidate, seconds))
 
 
 def _with_model(request: Request, model: BaseChatModel, options: Options) -> Request:
@@ -353,25 +384,6 @@ def _unpack(stored: Stored, index: int) -> _Answer:
         response=ModelResponse(result=messages, structured_response=stored[1]),
         error=None if problem is None else StructuredOutputValidationError("response", ValueError(problem), message),
     )
-
-
-def _check_durability(config: RunnableConfig) -> None:
-    # LangGraph has no public name for these keys; the tests say so if they change.
-    found = config.get("configurable", {})
-    if found.get("__pregel_checkpointer", True) is None:
-        raise ConfigError("durable=True needs a checkpointer to keep the candidates in: create_agent(checkpointer=...)")
-    if found.get("__pregel_durability") == "exit":
-        raise ConfigError("durable=True keeps nothing with durability='exit': run with 'async' or 'sync'")
-
-
-def _check_first_time(config: RunnableConfig) -> None:
-    """Refuse to draw other candidates than those on which a person has decided."""
-    scratchpad = config.get("configurable", {}).get("__pregel_scratchpad")
-    if scratchpad is not None and (scratchpad.resume or scratchpad.get_null_resume(consume=False) is not None):
-        raise ConfigError(
-            "the model step is run again after an interrupt() in it, and would act on other candidates than those that "
-            "the person saw: pass durable=True with a checkpointer, or ask in after_model, before_model or a tool"
-        )
 
 
 def _check_inner_commands(handler: object) -> None:

@@ -1,7 +1,7 @@
-"""The copy of a chat model that candidates are drawn from.
+"""The quiet copy of a chat model from which candidates are sampled.
 
-It neither streams nor caches, and keeps its log-probabilities to itself: what a caller, a tracer or a stream gets to
-see of a response is the message with its packed token signals, 16 bytes a token instead of some 2 kB.
+It neither streams nor caches, and replaces the log-probabilities of a response by packed token signals before any
+caller, tracer or stream sees it: 16 bytes per token instead of about 2 kB.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -21,8 +21,10 @@ from langchain_core.callbacks import (
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.outputs import ChatResult, LLMResult
-from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
+from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, RunnableWithFallbacks
 from langchain_core.runnables.config import ensure_config, var_child_runnable_config
+from langchain_core.runnables.configurable import DynamicRunnable
+from langchain_core.runnables.retry import RunnableRetry
 from langchain_core.tools import BaseTool
 from langchain_core.tracers._streaming import _StreamingCallbackHandler
 from langgraph.constants import TAG_NOSTREAM
@@ -31,59 +33,105 @@ from ec_agents.errors import ConfigError, UnsupportedLogprobs
 from ec_agents.logprobs import is_packed, pack_logprobs, token_signals
 from ec_agents.messages import SIGNALS_KEY
 
+_STREAM_OPTIONS = {"stream", "stream_options", "stream_usage"}
+
 _FOR_LANGCHAIN = {"ls_structured_output_format", "structured_output_format"}
-"""Arguments that are meant for LangChain and not for the model."""
+"""Arguments for LangChain that must not reach the model."""
 
 _AROUND = ("ainvoke", "_convert_input", "agenerate_prompt", "agenerate", "_agenerate_with_cache")
-"""What stands between a caller and ``_agenerate``."""
+"""LangChain's methods between a caller and ``_agenerate``."""
 
 _TELLS: ContextVar[list[bool] | None] = ContextVar("ec_agents_tells", default=None)
-"""Within ``one_step``, what ``_tells`` found."""
+"""Within ``one_step``: the cached result of ``_tells``."""
 
 _BOUND = 128
-"""Bindings that a copy keeps: those of the last step, at least."""
+"""Most bindings that a copy keeps: at least those of the last step."""
 
 _LOGPROBS_REFUSED = "unexpected keyword argument 'logprobs'"
 
 
-def silent_model(model: object) -> tuple[BaseChatModel, dict[str, Any], RunnableConfig]:
-    """The copy of the model to draw from, and what was bound to the model: arguments and configuration.
+def silent_model(
+    model: object, run: RunnableConfig | None = None
+) -> tuple[BaseChatModel, dict[str, Any], RunnableConfig]:
+    """Return the quiet copy of a model, and what was bound to the model: arguments and configuration.
 
-    Streaming loses the log-probabilities of tool calls on several servers; a cache would give N equal candidates.
+    Streaming loses the log-probabilities of tool calls on several servers; a cache would give N identical candidates.
 
     Args:
-        model: A chat model, a binding of one, or one that ``init_chat_model`` left configurable.
+        model: A chat model, a binding of one, or a configurable one.
+        run: Configuration of the run, which resolves a configurable model.
 
     Raises:
-        ConfigError: It is no chat model.
+        ConfigError: It is not a chat model, or it has retries or fallbacks.
     """
     bound: dict[str, Any] = {}
     config: RunnableConfig = {}
     found = model
     while not isinstance(found, BaseChatModel):
-        resolve = getattr(found, "_model", None)
+        _refuse_wrapped(found)
         if isinstance(found, RunnableBinding):
             binding = cast("RunnableBinding[Any, Any]", found)
             config = cast("RunnableConfig", {**binding.config, **config})
             bound, found = {**binding.kwargs, **bound}, binding.bound
-        elif callable(resolve):
-            found = resolve(ensure_config())
         else:
-            name = type(found).__name__
-            raise ConfigError(f"model must be a LangChain BaseChatModel, or one with .bind(); found {name}")
-    hidden = list(dict.fromkeys([*(found.tags or []), TAG_NOSTREAM]))
-    copy = found.model_copy(update={"tags": hidden, "disable_streaming": True, "cache": False})
+            found = _resolved(found, ensure_config(run))
+    quiet = {"tags": [*dict.fromkeys([*(found.tags or []), TAG_NOSTREAM])], "disable_streaming": True, "cache": False}
+    if "streaming" in type(found).model_fields:
+        quiet["streaming"] = False
+    copy = found.model_copy(update=quiet)
     object.__setattr__(copy, "__class__", _silent(type(found)))
-    return copy, bound, config
+    return copy, {name: value for name, value in bound.items() if name not in _STREAM_OPTIONS}, config
+
+
+def is_configurable(model: object) -> bool:
+    """Tell whether the configuration of each run decides which model this is."""
+    while isinstance(model, RunnableBinding):
+        model = cast("RunnableBinding[Any, Any]", model).bound
+    return isinstance(model, DynamicRunnable) or callable(getattr(model, "_model", None))
+
+
+def _resolved(model: Any, config: RunnableConfig) -> object:
+    """Return the model that a configurable one stands for in a run."""
+    if isinstance(model, DynamicRunnable):
+        runnable, settings = cast("DynamicRunnable[Any, Any]", model).prepare(config)
+        return runnable.with_config(settings) if isinstance(runnable, RunnableBinding) else runnable
+    if not callable(getattr(model, "_model", None)):
+        name = type(model).__name__
+        raise ConfigError(f"model must be a LangChain BaseChatModel, or one with .bind(); found {name}")
+    try:
+        return model._model(config)  # noqa: SLF001 - init_chat_model has no public way to its model
+    except TypeError as error:
+        raise ConfigError(
+            "model is configurable and has no default, and this run's configuration names none: pass "
+            'config={"configurable": {"model": "..."}}'
+        ) from error
+
+
+def _refuse_wrapped(model: object) -> None:
+    """Refuse wrappers whose behaviour sampling cannot keep.
+
+    Raises:
+        ConfigError: The model has retries or fallbacks.
+    """
+    if isinstance(model, RunnableRetry):
+        raise ConfigError(
+            "with_retry() around the model would be lost; leave it out and pass policy=SamplingPolicy(retries=...)"
+        )
+    if isinstance(model, RunnableWithFallbacks):
+        raise ConfigError(
+            "with_fallbacks() around the model would be lost, and candidates of different models cannot be compared; "
+            "pass the model itself, and let ModelFallbackMiddleware before EntropyCentroidMiddleware, or a second "
+            "agent, handle SamplingError"
+        )
 
 
 def is_stream(handler: object) -> bool:
-    """Whether a callback handler feeds a stream of messages or events, as opposed to a tracer."""
+    """Tell whether a callback handler feeds a stream of messages or events, as opposed to a tracer."""
     return isinstance(handler, _StreamingCallbackHandler)
 
 
 class _Silent:
-    """What a copy does in another way than its model; stands before the model's class."""
+    """The methods in which every quiet copy differs from its model; comes before the model's class."""
 
     def bind(self, **kwargs: Any) -> Any:
         return _Binding(bound=cast("Any", self), kwargs=kwargs, config={})
@@ -102,10 +150,10 @@ class _Silent:
 
 
 class _Quick(_Silent):
-    """What a copy does besides, if its model leaves everything around ``_agenerate`` to LangChain."""
+    """The quiet copy of a model that leaves everything around ``_agenerate`` to LangChain."""
 
     async def ainvoke(self, input: Any, config: Any = None, *, stop: Any = None, **kwargs: Any) -> AIMessage:  # noqa: A002
-        """The answer, past LangChain's callbacks where nobody listens: they cost more than all that is done here."""
+        """Answer, bypassing LangChain's callbacks where nobody listens: they cost more than everything else here."""
         model, parent = cast("Any", self), cast("Any", super())
         is_ordinary = model.rate_limiter is None and model.output_version in (None, "v0")
         messages = _plain(input)
@@ -123,10 +171,10 @@ class _Quick(_Silent):
 
 
 class _Binding(RunnableBinding[Any, Any]):
-    """A binding that leaves the configuration to the model where there is nothing to merge."""
+    """A binding that skips merging configurations when there is nothing to merge."""
 
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:  # noqa: A002
-        """The model's answer."""
+        """Answer with the bound arguments."""
         if config or self.config or self.config_factories:
             return await super().ainvoke(input, config, **kwargs)
         return await self.bound.ainvoke(input, None, **{**self.kwargs, **kwargs})
@@ -134,7 +182,7 @@ class _Binding(RunnableBinding[Any, Any]):
 
 @cache
 def _silent(cls: type[BaseChatModel]) -> type[BaseChatModel]:
-    """The class of the copies: that of the model, with responses measured before any callback sees them."""
+    """Return the class of the copies: the model's, with responses measured before any callback sees them."""
     if issubclass(cls, _Silent):
         return cls
     base: Any = cls
@@ -168,7 +216,7 @@ def _silent(cls: type[BaseChatModel]) -> type[BaseChatModel]:
 
 
 def _taking(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, which may be given a run manager even if it takes none."""
+    """Return the method, accepting a run manager even if the original does not."""
     if "run_manager" in signature(generate).parameters:
         return generate
 
@@ -181,7 +229,7 @@ def _taking(generate: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _streams_hidden() -> Generator[None]:
-    """Where a model asks another one, that one finds the callbacks around it, and must not find a user's stream."""
+    """Hide users' streams from models that are called inside this one and inherit its callbacks."""
     around = var_child_runnable_config.get() or {}
     callbacks = around.get("callbacks")
     quiet = _without_streams(callbacks)
@@ -196,7 +244,7 @@ def _streams_hidden() -> Generator[None]:
 
 
 def _plain(question: object) -> list[BaseMessage] | None:
-    """The question as messages, all of text, as every model can take them; None if it is something else."""
+    """Return the input as messages if it is plain text that needs no conversion; otherwise None."""
     messages = [HumanMessage(question)] if isinstance(question, str) else question
     is_plain = isinstance(messages, list) and all(
         isinstance(message, BaseMessage) and isinstance(message.content, str)
@@ -207,7 +255,7 @@ def _plain(question: object) -> list[BaseMessage] | None:
 
 @contextmanager
 def one_step() -> Generator[None]:
-    """Where all calls are of one step: whether LangChain tells anybody of each call is found out by the first."""
+    """Mark calls as one step: whether callbacks from the environment listen is looked up once."""
     token = _TELLS.set([])
     try:
         yield
@@ -216,7 +264,7 @@ def one_step() -> Generator[None]:
 
 
 def _is_heard(model: Any, config: RunnableConfig | None) -> bool:
-    """Whether a tracer, a counter or another callback wants to be told of a call."""
+    """Tell whether a tracer, a counter or another callback listens to a call."""
     callbacks = (config or {}).get("callbacks") or (var_child_runnable_config.get() or {}).get("callbacks")
     quiet = _without_streams(callbacks)
     if (quiet.handlers if isinstance(quiet, BaseCallbackManager) else quiet) or model.callbacks or model.verbose:
@@ -226,7 +274,7 @@ def _is_heard(model: Any, config: RunnableConfig | None) -> bool:
 
 
 def _tells(known: list[bool] | None) -> bool:
-    """Whether there are callbacks of the environment or the context, such as LangSmith's tracer; ``known`` takes it."""
+    """Tell whether the environment or the context adds callbacks, such as LangSmith's; remember it in ``known``."""
     found = bool(AsyncCallbackManager.configure().handlers)
     if known is not None:
         known.append(found)
@@ -234,7 +282,7 @@ def _tells(known: list[bool] | None) -> bool:
 
 
 def _bound_once(model: Any, bind: Callable[..., Any], tools: Sequence[Any], options: dict[str, Any]) -> Any:
-    """The model with its tools. N calls of a step bind the same ones, which costs more than the rest of a call."""
+    """Return the model with its tools, cached: all calls of a step bind the same ones, the costliest part of a call."""
     made: list[tuple[Sequence[Any], dict[str, Any], Any]] = model.__dict__.setdefault("_ec_bound", [])
     asked = _parts(tools)
     for same, given, found in made:
@@ -249,12 +297,12 @@ def _bound_once(model: Any, bind: Callable[..., Any], tools: Sequence[Any], opti
 
 
 def _parts(tools: Sequence[Any]) -> list[Any]:
-    """The tools and their fields, of which a program may change one between two steps."""
+    """Return the tools and their fields, any of which may change between steps."""
     return [*tools, *(value for tool in tools if isinstance(tool, BaseTool) for value in vars(tool).values())]
 
 
 def _measured(result: ChatResult) -> ChatResult:
-    """The result with the signals of each generation in place of its log-probabilities."""
+    """Return the result with packed signals in place of log-probabilities."""
     for generation in result.generations:
         message = generation.message
         info = generation.generation_info or {}
@@ -274,16 +322,16 @@ def _rest(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _explain(error: TypeError) -> None:
-    """Raise what to do instead, if the error says that the client cannot ask for log-probabilities."""
+    """Raise an error with the remedy if the client cannot request log-probabilities."""
     if _LOGPROBS_REFUSED in str(error):
         raise UnsupportedLogprobs(
-            "this model's client takes no logprobs. ChatOpenAI is one such while it uses the Responses API, as it does "
-            "with reasoning=, include= and, for some models, tools: pass use_responses_api=False"
+            "this model's client does not accept logprobs. ChatOpenAI does not while it uses the Responses API, which "
+            "reasoning=, include= and, for some models, tools switch on: pass use_responses_api=False"
         ) from error
 
 
 def _without_streams(callbacks: Callbacks) -> Callbacks:
-    """The callbacks that may see every candidate: tracers and counters, but no stream that a user looks at."""
+    """Return the callbacks that may see every candidate: tracers and counters, but not users' streams."""
     if isinstance(callbacks, BaseCallbackManager):
         streams = list(filter(is_stream, callbacks.handlers))
         quiet = callbacks.copy() if streams else callbacks
@@ -296,23 +344,22 @@ def _without_streams(callbacks: Callbacks) -> Callbacks:
 def sampling_model(
     model: Runnable[LanguageModelInput, AIMessage], tools: Sequence[Any] = (), top_logprobs: int | None = 20
 ) -> Runnable[LanguageModelInput, AIMessage]:
-    """The model with its tools, asked for log-probabilities, neither streaming nor cached, out of sight of all streams.
-
-    What was bound to the model is bound again at the end, because ``bind_tools`` on a binding drops it.
+    """Return the quiet copy of a model, with tools bound and log-probabilities requested.
 
     Args:
         model: A chat model, or one with ``.bind(...)``.
         tools: Tools to bind.
-        top_logprobs: Alternatives to ask for at each token; None asks for nothing.
+        top_logprobs: Alternatives to request per token; None requests nothing.
 
     Raises:
-        ConfigError: It is no chat model.
+        ConfigError: It is not a chat model.
     """
     silent, bound, config = silent_model(model)
     prepared: Any = silent.bind_tools(tools) if tools else silent
+    # bind_tools on a binding drops what was bound before, so that is bound again here.
     return prepared.bind(**{**logprobs_settings(top_logprobs), **bound}).with_config(config)
 
 
 def logprobs_settings(top_logprobs: int | None) -> dict[str, Any]:
-    """The arguments that ask a model for log-probabilities; None asks for nothing."""
+    """Return the arguments that request log-probabilities; None requests nothing."""
     return {} if top_logprobs is None else {"logprobs": True, "top_logprobs": top_logprobs}

@@ -56,6 +56,7 @@ class StepModel:
 
     Args:
         model: A chat model, or one with ``.bind(...)``.
+        run: Configuration of the run, which resolves a configurable model.
         top_logprobs: Alternatives to request per token; None requests nothing, and nothing is refused or verified.
         action_format: ``native`` tool calls; ``json`` in the content; ``auto``: ``json`` where the provider table or a
             response shows that tool calls carry no log-probabilities.
@@ -64,9 +65,16 @@ class StepModel:
         ConfigError: ``action_format`` is unknown, or ``model`` is not a chat model.
     """
 
-    def __init__(self, model: object, *, top_logprobs: int | None, action_format: ActionFormat) -> None:
+    def __init__(
+        self,
+        model: object,
+        run: RunnableConfig | None = None,
+        *,
+        top_logprobs: int | None,
+        action_format: ActionFormat,
+    ) -> None:
         check_action_format(action_format)
-        silent, bound, self.config = silent_model(model)
+        silent, bound, self.config = silent_model(model, run)
         self.model = loop_safe(silent)
         self.options: Options = {**logprobs_settings(top_logprobs), **bound}
         self.action_format = action_format
@@ -158,7 +166,8 @@ class StepRequest:
         """Refuse a step that cannot work, before anything is sent.
 
         Raises:
-            ConfigError: The temperature is 0 with several candidates, or the tools have no JSON form.
+            ConfigError: The temperature is 0 with several candidates, the model has an ``n`` of its own, or the tools
+                have no JSON form.
             UnsupportedLogprobs: The table or an earlier response says that nothing can be measured.
         """
         temperature = self._option("temperature")
@@ -166,6 +175,12 @@ class StepRequest:
             raise ConfigError(
                 f"temperature is 0, so all {self._n} candidates would be identical; set a temperature above 0, for "
                 "example 0.7, or n=1"
+            )
+        several = self._option("n")
+        if isinstance(several, int) and several > 1:
+            raise ConfigError(
+                f"n={several} is set on the model, so each of the {self._n} calls would pay for {several} answers and "
+                "use one; leave it out there: n of the agent is the number of candidates"
             )
         as_json = self.writes_json()
         if as_json and self._options.get("tools"):

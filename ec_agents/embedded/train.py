@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false
-"""Train the embedded model from scratch: ``python -m ec_agents.embedded.train --steps 6000 --out weights.npz``.
+"""Trains the embedded model from scratch: ``python -m ec_agents.embedded.train --steps 6000 --out weights.npz``.
 
 Needs PyTorch (extra ``train``); nothing else in the package does. The network is the one of ``transformer.py``:
 RMSNorm, rotary positions, causal attention, SwiGLU, tied embeddings. Muon trains the hidden matrices, AdamW the rest;
@@ -25,14 +25,14 @@ from ec_agents.embedded.traces import Example, make_example
 from ec_agents.embedded.transformer import Shape
 
 POOL = 2048
-"""Examples generated at a time, sorted by length and cut into batches."""
+"""Examples drawn at once, sorted by length and cut into batches."""
 BATCH_TOKENS = 4096
-"""Tokens per batch, including padding."""
+"""Tokens in a batch, padding included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """Tasks and learning rates of one stage of training."""
+    """What a stage of training learns from, and how fast."""
 
     difficulty: Difficulty
     """The tasks."""
