@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self, cast
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -143,6 +144,26 @@ class TokenSignals:
         if not shapes[0] == shapes[1] == shapes[2] or len(shapes[0]) != 1:
             raise ConfigError(f"three arrays of one shape (T,) are needed; found shapes {sorted(set(shapes))}")
 
+    @classmethod
+    def concatenate(cls, parts: Iterable[Self]) -> Self:
+        """Join the signals of several responses, such as the turns of a run, into those of one text.
+
+        Args:
+            parts: In order. The boundaries are the running sums of their ``n_tokens``.
+
+        Returns:
+            ``(Σ T_i,)`` for each array; K and ``excess`` are the largest of the parts.
+        """
+        joined = tuple(parts)
+        empty = np.empty(0, dtype=np.float32)
+        return cls(
+            entropies=np.concatenate([empty, *(part.entropies for part in joined)], dtype=np.float32),
+            logprobs=np.concatenate([empty, *(part.logprobs for part in joined)], dtype=np.float32),
+            confidences=np.concatenate([empty, *(part.confidences for part in joined)], dtype=np.float32),
+            n_alternatives=max((part.n_alternatives for part in joined), default=0),
+            excess=max((part.excess for part in joined), default=0.0),
+        )
+
     @property
     def n_tokens(self) -> int:
         """T, missing tokens counted."""
@@ -226,14 +247,32 @@ class Candidate:
                 f"candidates in format {data.get('format')!r} found in the state, {FORMAT} needed: another version of "
                 "ec_agents wrote this checkpoint; finish the run with that version or start the step again"
             )
-        given = {name: value for name, value in data.items() if name not in ("format", "n_alternatives", "excess")}
         try:
-            if given["signals"] is not None:
-                counted = data["n_alternatives"], data.get("excess", 0.0)
-                given["signals"] = TokenSignals.from_bytes(given["signals"], *counted)
-            return cls(**given)
-        except (KeyError, TypeError) as error:
-            raise StateError(f"a candidate in the state is incomplete: {error}") from error
+            stored = msgspec.convert(data, _StoredCandidate)
+        except (msgspec.ValidationError, TypeError) as error:
+            raise StateError(f"a candidate in the state is damaged: {error}") from error
+        given = {name: getattr(stored, name) for name in _CANDIDATE_FIELDS}
+        if stored.signals is not None:
+            given["signals"] = TokenSignals.from_bytes(stored.signals, stored.n_alternatives, stored.excess)
+        return cls(**given)
+
+
+class _StoredCandidate(msgspec.Struct):
+    """The builtins form of a candidate, for checking types."""
+
+    index: int
+    content: str
+    tool_calls: list[dict[str, Any]]
+    finish_reason: str | None
+    signals: bytes | None
+    n_alternatives: int
+    usage: dict[str, int] | None
+    flaws: dict[str, str]
+    seconds: float | None = None
+    excess: float = 0.0
+
+
+_CANDIDATE_FIELDS = tuple(f.name for f in fields(Candidate))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,14 +355,10 @@ class Selection:
         Raises:
             StateError: A field is missing or of a wrong type.
         """
-        known = {f.name for f in fields(cls)}
         try:
-            given = {name: value for name, value in data.items() if name in known}
-            for name in ("scores", "flaws", "n_tokens", "n_phases"):
-                given[name] = {int(i): value for i, value in given[name].items()}
-            return cls(**given)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StateError(f"a saved selection is incomplete: {error}") from error
+            return msgspec.convert(data, cls, str_keys=True)
+        except (msgspec.ValidationError, TypeError) as error:
+            raise StateError(f"a saved selection is damaged: {error}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

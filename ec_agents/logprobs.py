@@ -38,6 +38,9 @@ HIGHEST_LOGPROB = 0.1
 TOLERANCE = 0.01
 """By so much the probabilities of the alternatives of a token may add up to more than 1: servers round."""
 
+_USUAL_WIDTH = 64
+"""Rows of up to so many alternatives are kept whole."""
+
 _CHOICE_KEYS = frozenset(("logprobs", "message", "text"))
 _PACKED_KEYS = frozenset(("packed", "missing", "malformed"))
 _LOGPROBS_KEYS = frozenset(("content", "refusal", "token_logprobs")) | _PACKED_KEYS
@@ -108,8 +111,8 @@ def measured(read: Read, entries: Callable[[], Sequence[Any]], top_k: int | None
     """
     if not any(read.sizes):
         raise LogprobsMissing(f"none of the {len(read.sizes)} tokens comes with alternatives: {_ASK}")
-    sizes = list(read.sizes)
     drawn, alternatives = _arrays(read)
+    sizes = [min(size, alternatives.shape[1]) for size in read.sizes]
     _drop_repeats(entries, drawn, alternatives, sizes)
     kept = keep_largest(alternatives, top_k)
     entropies, mass = entropies_and_mass(kept)
@@ -324,6 +327,8 @@ def _payload(choice: Any) -> Json:
         payload = choice.get("logprobs")
     if payload is None:
         raise LogprobsMissing(_nothing_found(choice, "logprobs is null or absent"))
+    if _is_list(payload):
+        return {"content": payload}  # Ollama, as ChatOllama passes it on
     if not _is_mapping(payload):
         raise LogprobsMalformed(f"logprobs must be a JSON object; found {_outline(payload)}")
     return payload
@@ -339,9 +344,10 @@ def _unpacked(payload: Json) -> TokenSignals | None:
     try:
         if packed is None:
             return None
-        return TokenSignals.from_bytes(
-            b64decode(packed, validate=True), payload["n_alternatives"], payload.get("excess", 0.0)
-        )
+        n_alternatives, excess = payload["n_alternatives"], payload.get("excess", 0.0)
+        if not _is_count(n_alternatives) or not isinstance(excess, int | float):
+            raise TypeError(f"n_alternatives {quoted(n_alternatives, 60)}, excess {quoted(excess, 60)}")
+        return TokenSignals.from_bytes(b64decode(packed, validate=True), n_alternatives, excess)
     except (StateError, KeyError, TypeError, ValueError) as error:
         raise LogprobsMalformed(f"packed log-probabilities are damaged: {error}") from error
 
@@ -407,16 +413,35 @@ def _read_legacy(payload: Json) -> Read:
 
 def _arrays(read: Read) -> tuple[Floats, Floats]:
     """``(T,)`` drawn with NaN for masked, ``(T, K)`` alternatives with -inf for masked and padding."""
-    n_tokens, width = len(read.drawn), max(read.sizes)
+    n_tokens, width = len(read.drawn), _width(read.sizes)
     numbers = _floats([*read.drawn, *read.alternatives], lambda number: _name(read, number))
     drawn, flat = numbers[:n_tokens], numbers[n_tokens:]
     if not numbers.min() > MASKED:  # or one is NaN
         drawn, flat = np.where(drawn > MASKED, drawn, np.nan), np.where(flat > MASKED, flat, -np.inf)
-    if min(read.sizes) == width:
+    if min(read.sizes) == max(read.sizes):
         return drawn, flat.reshape(-1, width)
     alternatives = np.full((n_tokens, width), -np.inf)
-    alternatives[np.arange(width) < np.array(read.sizes)[:, None]] = flat
+    sizes = np.array(read.sizes)
+    if sizes.max() > width:
+        flat, sizes = _cut(flat, sizes, width)
+    alternatives[np.arange(width) < sizes[:, None]] = flat
     return drawn, alternatives
+
+
+def _width(sizes: Sequence[int]) -> int:
+    """How many alternatives to keep of each token: all, unless single rows are far wider than the others.
+
+    Rows are padded to the widest, so that one of a million alternatives would multiply the memory of a response.
+    """
+    widest = max(sizes)
+    return widest if widest <= _USUAL_WIDTH else min(widest, max(_USUAL_WIDTH, 4 * int(np.median(sizes))))
+
+
+def _cut(flat: Floats, sizes: NDArray[np.int64], width: int) -> tuple[Floats, NDArray[np.int64]]:
+    """The alternatives, token after token, of which none has more than the ``width`` largest."""
+    rows = np.split(flat, np.cumsum(sizes)[:-1])
+    kept = [row if len(row) <= width else np.partition(row, len(row) - width)[-width:] for row in rows]
+    return np.concatenate(kept), np.minimum(sizes, width)
 
 
 def _name(read: Read, number: int) -> str:
@@ -475,6 +500,8 @@ def _drop_repeats(entries: Callable[[], Sequence[Any]], drawn: Floats, alternati
         return
     for position in np.flatnonzero(listed > 1).tolist():
         entry = content[position]
+        if len(entry["top_logprobs"]) > alternatives.shape[1]:
+            continue  # cut, and no longer in the order of the payload
         fields = {key: value for key, value in entry.items() if key != "top_logprobs"}
         same = [rank for rank, other in enumerate(entry["top_logprobs"]) if other.items() <= fields.items()]
         alternatives[position, same[1:]] = -np.inf

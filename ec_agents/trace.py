@@ -28,7 +28,7 @@ from typing import Any, Self, cast
 
 import msgspec
 
-from ec_agents.candidates import Candidate, Selection, Step, Trajectory
+from ec_agents.candidates import Candidate, Selection, Step, Trajectory, storable
 from ec_agents.errors import ConfigError, LogprobsMalformed, StateError, TraceError
 from ec_agents.foreign_records import read_record
 from ec_agents.jsonl import Records, decoded, zstd
@@ -82,10 +82,9 @@ class TraceWriter:
             self._pack = lambda line: module.ZstdCompressor(write_checksum=True).compress(line)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         except OSError as error:
             raise TraceError(f"{path} cannot be opened for writing: {error.strerror or error}", path) from error
-        self._torn = self._pack is None and _ends_inside_a_line(self.path)
 
     def write(self, step: Step) -> None:
         """Append a step. It is in the file when this returns.
@@ -98,13 +97,12 @@ class TraceWriter:
         with self._lock:
             if self._file < 0:
                 raise TraceError(f"{self.path} is closed; a step of run {step.run!r} came too late", self.path)
-            # A line of its own ends a torn one, so that the damage does not spread to this step.
-            data = b"\n" + data if self._torn else data
             try:
+                # A line torn by any writer is ended first, so that the damage does not spread to this step.
+                data = b"\n" + data if self._pack is None and _ends_inside_a_line(self._file) else data
                 written = os.write(self._file, data)
             except OSError as error:
                 raise TraceError(f"{self.path} cannot be written: {error.strerror or error}", self.path) from error
-            self._torn = written < len(data)
         if written < len(data):
             raise TraceError(f"{self.path}: only {written} of {len(data)} bytes fit; the step is lost", self.path)
 
@@ -129,7 +127,7 @@ class TraceWriter:
             text = _SECRET_TEXT.sub(REMOVED, value)
             text = text if self._known is None else self._known.sub(REMOVED, text)
             text = text if self._redact is None else self._redact(text)
-            return text if text.isascii() else text.encode("utf-8", "replace").decode()
+            return storable(text)
         if isinstance(value, Mapping):
             items = cast("Mapping[Any, Any]", value).items()
             return {name: _hidden(name, item) or self._clean(item) for name, item in items}
@@ -198,7 +196,7 @@ def _trajectory(records: Records, run: str, places: Places) -> Trajectory:
     own = [record for record in found if "ec_agents" in record]
     try:
         steps = _own_steps(own) if own else [_foreign_step(run, found)]
-    except (LogprobsMalformed, StateError, LookupError, TypeError, ValueError) as error:
+    except (LogprobsMalformed, StateError, LookupError, TypeError, ValueError, AttributeError) as error:
         line = places[0][1]
         raise TraceError(f"{records.path}, record {line}: {error}", records.path, line) from error
     return Trajectory(run=run, task=steps[-1].task, steps=steps)
@@ -282,29 +280,53 @@ def _own_steps(found: Sequence[Mapping[str, Any]]) -> list[Step]:
     return [steps[number] for number in sorted(steps)]
 
 
+class _Line(msgspec.Struct):
+    """The fields of a step in a trace, for checking types."""
+
+    run: str
+    number: int
+    candidates: list[dict[str, Any]]
+    task: str | None = None
+    time: float | None = None
+    seconds: float | None = None
+    selection: dict[str, Any] | None = None
+    failures: dict[int, str] | None = None
+    info: dict[str, Any] | None = None
+
+
 def _from_record(record: Mapping[str, Any]) -> Step:
-    failures: Mapping[str, str] = record.get("failures") or {}
-    if not isinstance(record["ec_agents"], int) or record["ec_agents"] > TRACE_FORMAT:
+    if type(record["ec_agents"]) is not int or record["ec_agents"] > TRACE_FORMAT:
         raise StateError(
             f"a step in format {record['ec_agents']!r} found, {TRACE_FORMAT} or lower needed: a newer version of "
             "ec_agents wrote this trace; read it with that version"
         )
-    return Step(
-        run=str(record["run"]),
-        number=int(record["number"]),
-        task=record.get("task"),
-        time=record.get("time"),
-        seconds=record.get("seconds"),
-        candidates=[_candidate(data) for data in record["candidates"]],
-        selection=None if record.get("selection") is None else Selection.from_builtins(record["selection"]),
-        failures={int(i): str(text) for i, text in failures.items()},
-        info=record.get("info") or {},
+    line = msgspec.convert(record, _Line, str_keys=True)
+    step = Step(
+        run=line.run,
+        number=line.number,
+        task=line.task,
+        time=line.time,
+        seconds=line.seconds,
+        candidates=[_candidate(data) for data in line.candidates],
+        selection=None if line.selection is None else Selection.from_builtins(line.selection),
+        failures=line.failures or {},
+        info=line.info or {},
     )
+    indexes = {candidate.index for candidate in step.candidates}
+    if len(indexes) < len(step.candidates) or not _mentioned(step.selection) <= indexes:
+        raise StateError("candidates and selection of a step do not fit together: the line was changed")
+    return step
+
+
+def _mentioned(selection: Selection | None) -> set[int]:
+    """The candidates that a selection speaks of."""
+    return set() if selection is None else {selection.chosen, *selection.order, *selection.scores}
 
 
 def _candidate(data: Mapping[str, Any]) -> Candidate:
-    signals = data["signals"]
-    return Candidate.from_builtins({**data, "signals": None if signals is None else base64.b64decode(signals)})
+    signals = data.get("signals")
+    packed = None if signals is None else base64.b64decode(signals, validate=True)
+    return Candidate.from_builtins({**data, "signals": packed})
 
 
 def _foreign_step(run: str, records: Sequence[Mapping[str, Any]]) -> Step:
@@ -344,6 +366,6 @@ def _hidden(name: Any, value: Any) -> str | None:
     return REMOVED if isinstance(value, str) and isinstance(name, str) and _SECRET_NAME.search(name) else None
 
 
-def _ends_inside_a_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.seek(0, os.SEEK_END) > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+def _ends_inside_a_line(file: int) -> bool:
+    size = os.fstat(file).st_size
+    return size > 0 and os.pread(file, 1, size - 1) != b"\n"

@@ -40,6 +40,7 @@ from ec_agents.agents.step import (
     decide,
     describe_failure,
     packed,
+    reading_state,
     record_step,
     stream_writer,
     unpacked,
@@ -305,15 +306,16 @@ def unpack_candidates(state: Mapping[str, Any] | None) -> CandidateSet:
             f"candidates in format {state.get('format')!r} found in the state, {FORMAT} needed: another version of "
             "ec_agents wrote this checkpoint; finish the run with that version, or start the step again"
         )
-    rows = unpacked(state.get("packed", b""), list[tuple[dict[str, Any], dict[str, Any]]])
-    candidates = [Candidate.from_builtins(data) for data, _ in rows]
-    messages = messages_from_dict([message for _, message in rows])
-    return CandidateSet(
-        candidates=candidates,
-        messages={c.index: message for c, message in zip(candidates, messages, strict=True)},
-        failures={int(i): FailedCall(text) for i, text in state.get("failures", {}).items()},
-        spent=state.get("spent", {}),
-    )
+    with reading_state():
+        rows = unpacked(state.get("packed", b""), list[tuple[dict[str, Any], dict[str, Any]]])
+        candidates = [Candidate.from_builtins(data) for data, _ in rows]
+        messages = messages_from_dict([message for _, message in rows])
+        return CandidateSet(
+            candidates=candidates,
+            messages={c.index: message for c, message in zip(candidates, messages, strict=True)},
+            failures={int(i): FailedCall(text) for i, text in state.get("failures", {}).items()},
+            spent=state.get("spent", {}),
+        )
 
 
 def _tool_node(tools: Sequence[Tool]) -> ToolNode | None:

@@ -33,6 +33,7 @@ from ec_agents.agents.step import (
     chosen_message,
     decide,
     packed,
+    reading_state,
     record_step,
     stream_writer,
     unpacked,
@@ -375,15 +376,18 @@ def _unpack(stored: Stored, index: int) -> _Answer:
     Raises:
         StateError: It is damaged, or another version's.
     """
-    data, found, problem = unpacked(stored[0], tuple[dict[str, Any], list[Any], str | None])
-    messages = messages_from_dict(found)
-    message = next(m for m in messages if isinstance(m, AIMessage))
-    return _Answer(
-        candidate=replace(Candidate.from_builtins(data), index=index),
-        message=message,
-        response=ModelResponse(result=messages, structured_response=stored[1]),
-        error=None if problem is None else StructuredOutputValidationError("response", ValueError(problem), message),
-    )
+    with reading_state():
+        data, found, problem = unpacked(stored[0], tuple[dict[str, Any], list[Any], str | None])
+        messages = messages_from_dict(found)
+        message = next(m for m in messages if isinstance(m, AIMessage))
+        return _Answer(
+            candidate=replace(Candidate.from_builtins(data), index=index),
+            message=message,
+            response=ModelResponse(result=messages, structured_response=stored[1]),
+            error=None
+            if problem is None
+            else StructuredOutputValidationError("response", ValueError(problem), message),
+        )
 
 
 def _check_inner_commands(handler: object) -> None:

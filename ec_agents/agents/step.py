@@ -2,8 +2,9 @@
 
 import logging
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import msgspec
@@ -17,7 +18,7 @@ from langgraph.constants import TAG_NOSTREAM
 
 from ec_agents.agents.quiet_model import is_stream
 from ec_agents.agents.telemetry import choice_span
-from ec_agents.candidates import Candidate, CandidateSet, Selection, Step, add_usage
+from ec_agents.candidates import Candidate, CandidateSet, Selection, Step, add_usage, storable
 from ec_agents.errors import FailedCall, StateError, TraceError
 from ec_agents.messages import SIGNALS_KEY
 from ec_agents.selection import Selector
@@ -59,32 +60,39 @@ def packed(data: object) -> bytes:
     """Data for a checkpoint, which holds some of it twice: a candidate's text is its message's. Objects become text."""
     try:
         encoded = msgspec.msgpack.encode(data, enc_hook=str)
-    except UnicodeEncodeError:  # servers and models write half a surrogate pair
-        encoded = msgspec.msgpack.encode(_encodable(data), enc_hook=str)
+    except (UnicodeEncodeError, OverflowError, RecursionError):  # servers and models write anything
+        encoded = msgspec.msgpack.encode(storable(data), enc_hook=str)
     return zlib.compress(encoded, level=1)
 
 
-def _encodable(data: Any) -> Any:
-    """The data with a question mark in place of half a surrogate pair."""
-    if isinstance(data, str):
-        return data.encode("utf-8", "replace").decode()
-    if isinstance(data, Mapping):
-        return {_encodable(key): _encodable(value) for key, value in cast("Mapping[Any, Any]", data).items()}
-    if isinstance(data, list | tuple):
-        return [_encodable(value) for value in cast("Sequence[Any]", data)]
-    return data
+LARGEST_STATE = 1 << 29
+"""Bytes that the candidates of a step may take up when they are unpacked: 64 candidates have 8 MB each."""
 
 
 def unpacked(data: bytes, kind: type[_T]) -> _T:
     """Undo ``packed``.
 
     Raises:
-        StateError: The bytes are damaged, or no data of this kind.
+        StateError: The bytes are damaged, hold no data of this kind, or expand to more than ``LARGEST_STATE``.
     """
     try:
-        return msgspec.msgpack.decode(zlib.decompress(data), type=kind)
-    except (TypeError, zlib.error, msgspec.DecodeError) as error:
+        expanding = zlib.decompressobj()
+        encoded = expanding.decompress(data, LARGEST_STATE)
+        if not expanding.eof:
+            found = "they are torn" if not expanding.unconsumed_tail else f"more than {LARGEST_STATE} bytes found"
+            raise StateError(f"the candidates in the checkpoint are damaged: {found}")
+        return msgspec.msgpack.decode(encoded, type=kind)
+    except (TypeError, ValueError, RecursionError, zlib.error, msgspec.DecodeError) as error:
         raise StateError(f"the candidates in the checkpoint are damaged: {error}") from error
+
+
+@contextmanager
+def reading_state() -> Generator[None]:
+    """Raise ``StateError`` for whatever damaged contents of a checkpoint make other code raise."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, NotImplementedError, StopIteration) as error:
+        raise StateError(f"the candidates in the checkpoint are damaged: {type(error).__name__}: {error}") from error
 
 
 def chosen_message(message: AIMessage, record: dict[str, Any]) -> AIMessage:
@@ -174,10 +182,18 @@ SHOWN_CHARACTERS = 400
 
 
 def without_logprobs(message: AIMessage) -> AIMessage:
-    """The message without its log-probabilities and signals, which are too large to keep."""
+    """The message without its log-probabilities and signals, which are too large to keep.
+
+    What no checkpoint can hold of the rest, such as arguments nested thousands deep, is replaced.
+    """
     dropped = ("logprobs", SIGNALS_KEY)
     metadata = {key: value for key, value in message.response_metadata.items() if key not in dropped}
-    return message.model_copy(update={"response_metadata": metadata})
+    fields = {name: getattr(message, name) for name in _WRITTEN}
+    return message.model_copy(update=storable({**fields, "response_metadata": metadata}, objects=lambda value: value))
+
+
+_WRITTEN = ("content", "additional_kwargs", "tool_calls", "invalid_tool_calls", "usage_metadata", "id", "name")
+"""The fields of a message that the server or the model wrote."""
 
 
 def decision_record(drawn: CandidateSet, selection: Selection) -> dict[str, Any]:

@@ -248,7 +248,8 @@ class TailEntropyScorer:
         narrowest, widest = self._bounds
         mean_length = sum(map(len, tokens)) / len(tokens)
         mean_tail = sum(float(values[-widest:].mean()) for values in tokens) / len(tokens)
-        return int(np.clip(math.sqrt(mean_length) / max(mean_tail, 1e-6), narrowest, widest))
+        wanted = math.sqrt(mean_length) / max(mean_tail, 1e-6)
+        return int(np.clip(wanted, narrowest, widest)) if wanted == wanted else narrowest  # noqa: PLR0124 - NaN
 
     def _kept(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """Positions of the candidates to score."""
