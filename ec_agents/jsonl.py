@@ -100,7 +100,7 @@ def is_json(text: bytes | mmap.mmap) -> bool:
     """Whether the text is one whole JSON value; NaN and Infinity may stand for numbers."""
     try:
         msgspec.json.decode(text, type=msgspec.Raw)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return len(text) <= _LARGEST_COPY and _lenient(text) is not None
     return True
 
@@ -109,7 +109,7 @@ def decoded(text: msgspec.Raw | bytes) -> Any:
     """The value that the JSON text stands for, None if it is not JSON; NaN and Infinity may stand for numbers."""
     try:
         return _DECODER.decode(text)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _lenient(text)
 
 
@@ -127,7 +127,7 @@ def _array(view: mmap.mmap) -> Sequence[msgspec.Raw | bytes] | None:
     """The items of one JSON array; None if the text is not one."""
     try:
         return msgspec.json.decode(view, type=list[msgspec.Raw])
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         values = _lenient(view)  # NaN somewhere: the array has to pass through memory once
         return [json.dumps(value).encode() for value in cast("list[Any]", values)] if isinstance(values, list) else None
 

@@ -337,19 +337,24 @@ def _payload(choice: Any) -> Json:
 def _unpacked(payload: Json) -> TokenSignals | None:
     """The signals in the packed form; None if it is another form."""
     if "missing" in payload:
-        raise LogprobsMissing(payload["missing"])
+        raise LogprobsMissing(shown(payload["missing"], 500))
     if "malformed" in payload:
-        raise LogprobsMalformed(payload["malformed"])
+        raise LogprobsMalformed(shown(payload["malformed"], 500))
     packed = payload.get("packed")
     try:
         if packed is None:
             return None
-        n_alternatives, excess = payload["n_alternatives"], payload.get("excess", 0.0)
-        if not _is_count(n_alternatives) or not isinstance(excess, int | float):
-            raise TypeError(f"n_alternatives {quoted(n_alternatives, 60)}, excess {quoted(excess, 60)}")
-        return TokenSignals.from_bytes(b64decode(packed, validate=True), n_alternatives, excess)
+        return TokenSignals.from_bytes(b64decode(packed, validate=True), *_extent(payload))
     except (StateError, KeyError, TypeError, ValueError) as error:
         raise LogprobsMalformed(f"packed log-probabilities are damaged: {error}") from error
+
+
+def _extent(payload: Json) -> tuple[int, float]:
+    """K and the excess of the packed form."""
+    n_alternatives, excess = payload["n_alternatives"], payload.get("excess", 0.0)
+    if not _is_count(n_alternatives) or not isinstance(excess, int | float):
+        raise TypeError(f"n_alternatives {quoted(n_alternatives, 60)} and excess {quoted(excess, 60)} found")
+    return n_alternatives, float(excess)
 
 
 def _nothing_found(choice: Any, found: str) -> str:

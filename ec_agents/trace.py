@@ -217,7 +217,7 @@ def _index(records: Records, group_by: str | None) -> dict[str, Places]:
     for place, number, text in records.scan():
         try:
             values = dict(zip(fields, msgspec.structs.astuple(decoder.decode(text)), strict=True))
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             values = decoded(text)
             if values is None:
                 torn.append(number)

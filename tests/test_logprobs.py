@@ -1,5 +1,6 @@
 import json
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -416,7 +417,7 @@ GOOD = entry(HALF, HALF, HALF)
     [
         ("text", "logprobs must be a JSON object; found str 'text'"),
         ({"logprobs": True}, "logprobs must be a JSON object; found bool True"),
-        ({"logprobs": [1, 2]}, "logprobs must be a JSON object; found a list of 2"),
+        ({"logprobs": [1, 2]}, r"logprobs.content\[0\] must be an object with a logprob; found int 1"),
         ({"role": "assistant", "content": "hello"}, "logprobs.content must be a list of tokens; found str 'hello'"),
         ({"content": {"a": 1}}, r"must be a list of tokens; found an object with keys \['a'\]"),
         (content(GOOD, 5), r"logprobs.content\[1\] must be an object with a logprob; found int 5"),
@@ -569,3 +570,50 @@ def test_usage_of_several_choices() -> None:
     usage = as_candidate(body, 0).usage
     assert usage is not None
     assert usage["output_tokens"] == body["usage"]["completion_tokens"]
+
+
+# Wide rows, bare lists, joined signals
+
+
+def test_one_wide_row_costs_no_memory() -> None:
+    """A row of 50,000 alternatives among rows of 2 is cut; the other tokens stay as they are."""
+    narrow = [entry(HALF, HALF, HALF)] * 2000
+    wide = {**entry(-1.0), "top_logprobs": [alternative(str(i), -11.0) for i in range(50_000)]}
+    tracemalloc.start()
+    found = token_signals(content(*narrow, wide, *narrow))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+    assert found.n_alternatives == 64
+    assert found.entropies[2000] == pytest.approx(math.log(64), rel=1e-6)
+    expected = token_signals(content(*narrow))
+    np.testing.assert_array_equal(np.delete(found.entropies, 2000), np.tile(expected.entropies, 2))
+
+
+def test_whole_vocabulary_is_kept() -> None:
+    """Rows that are all wide are not cut."""
+    row = [alternative(str(i), -6.0) for i in range(300)]
+    found = token_signals(content(*[{**entry(-6.0), "top_logprobs": row}] * 3))
+    assert found.n_alternatives == 300
+    assert found.entropies == pytest.approx([math.log(300)] * 3, rel=1e-6)
+
+
+def test_bare_list_of_tokens() -> None:
+    """Ollama's integration passes on the list itself."""
+    tokens = content(entry(HALF, HALF, HALF), entry(-0.1, -0.1))
+    expected = token_signals(tokens)
+    np.testing.assert_array_equal(token_signals({"logprobs": tokens["content"]}).entropies, expected.entropies)
+
+
+def test_signals_are_joined() -> None:
+    """The arrays of the turns one after the other; K and the excess are the largest."""
+    first = token_signals(content(entry(HALF, HALF, HALF), entry(-0.1, -0.1)))
+    second = token_signals(content(entry(-0.2, -0.2, -2.0, -3.0)))
+    both = TokenSignals.concatenate(iter([first, second, first]))
+    assert both.n_tokens == 5
+    assert both.n_alternatives == 3
+    for name in ("entropies", "logprobs", "confidences"):
+        parts = [getattr(part, name) for part in (first, second, first)]
+        np.testing.assert_array_equal(getattr(both, name), np.concatenate(parts))
+        assert getattr(both, name).dtype == np.float32
+    assert TokenSignals.concatenate([]).n_tokens == 0

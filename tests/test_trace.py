@@ -1,12 +1,14 @@
 """Traces: writing from many places at once, surviving damage, secrets, and reading what other programs write."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 
 from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.candidates import Candidate, Step
+from ec_agents.cli.score import score_rows
 from ec_agents.errors import ConfigError, TraceError
 from ec_agents.logprobs import choice_candidate
 from ec_agents.selection import select
@@ -185,7 +188,7 @@ def test_wrong_files_are_refused_with_their_line(tmp_path: Path):
         ("3\n", "record 1: an object is needed; found 3"),
         ('{"choices": [{"message": {}}]}\n{"a": 1}\n', r"record 2: .* is needed; found an object with keys \['a'\]"),
         ('{"ec_agents": 2, "run": "a"}\n', "a step in format 2 found, 1 or lower needed"),
-        ('{"ec_agents": 1, "run": "a"}\n', "record 1: 'number'"),
+        ('{"ec_agents": 1, "run": "a"}\n', "record 1: .*missing required field `number`"),
     ):
         path.write_text(text)
         with pytest.raises(TraceError, match=message) as caught:
@@ -556,3 +559,63 @@ def test_writer_of_a_wrong_type(wrong: Any):
 def test_writer_that_cannot_be_opened(directory: str):
     with pytest.raises(TraceError, match="cannot be opened for writing"):
         as_trace_writer(directory)
+
+
+def test_a_line_torn_by_another_writer_costs_only_itself(tmp_path: Path):
+    """A writer ends whatever torn line it finds, also one that was torn after it opened the file."""
+    path = tmp_path / "trace.jsonl"
+    with TraceWriter(path) as writer:
+        for number in range(3):
+            writer.write(step(number=number))
+            with path.open("ab") as other:
+                other.write(b'{"ec_agents":1,"run":"b","num')
+    assert [found.number for found in read_steps(path)] == [0, 1, 2]
+
+
+def test_rare_line_breaks_do_not_end_a_line(tmp_path: Path):
+    """Lines end at a line feed; raw U+2028, U+2029, U+0085 and the separators of ASCII are text."""
+    path = tmp_path / "trace.jsonl"
+    text = "a\u2028b\u2029c\u0085d"
+    with TraceWriter(path) as writer:
+        writer.write(step(content=text))
+    assert text.encode() in path.read_bytes()
+    assert [found.candidates[0].content for found in read_steps(path)] == [text]
+
+
+DAMAGE = st.sampled_from([None, True, -1, 10**30, 0.5, "x", "", [], [1], {}, {"a": 1}, "\ud800"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_changed_trace_is_read_or_refused(data: st.DataObject):
+    """Whatever stands in place of one of its fields, at any depth, reading and scoring raise at most TraceError."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.jsonl"
+        with TraceWriter(path) as writer:
+            writer.write(step())
+        record = json.loads(path.read_text())
+        place: Any = record
+        while True:
+            key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+            inner = place[key]
+            if not isinstance(inner, dict | list) or not inner or data.draw(st.booleans()):
+                break
+            place = inner
+        place[key] = data.draw(DAMAGE)
+        path.write_text(json.dumps(record))
+        with contextlib.suppress(TraceError):
+            list(score_rows(path))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 255))
+def test_a_damaged_byte_of_a_trace(position: int, byte: int):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.jsonl"
+        with TraceWriter(path) as writer:
+            writer.write(step())
+        damaged = bytearray(path.read_bytes())
+        damaged[position % len(damaged)] = byte
+        path.write_bytes(damaged)
+        with contextlib.suppress(TraceError):
+            list(score_rows(path))

@@ -189,10 +189,13 @@ def without_logprobs(message: AIMessage) -> AIMessage:
     dropped = ("logprobs", SIGNALS_KEY)
     metadata = {key: value for key, value in message.response_metadata.items() if key not in dropped}
     fields = {name: getattr(message, name) for name in _WRITTEN}
-    return message.model_copy(update=storable({**fields, "response_metadata": metadata}, objects=lambda value: value))
+    kept = storable({**fields, "response_metadata": metadata}, objects=lambda value: value)
+    problems: list[str] = []
+    usage = storable(message.usage_metadata, problems)
+    return message.model_copy(update={**kept, "usage_metadata": None if problems else usage})
 
 
-_WRITTEN = ("content", "additional_kwargs", "tool_calls", "invalid_tool_calls", "usage_metadata", "id", "name")
+_WRITTEN = ("content", "additional_kwargs", "tool_calls", "invalid_tool_calls", "id", "name")
 """The fields of a message that the server or the model wrote."""
 
 
