@@ -4,8 +4,10 @@ import json
 import logging
 import mmap
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, cast
@@ -93,7 +95,9 @@ class Records:
         view = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         if start == b"[":
             return _array(view)
-        return [bytes(view)] if is_json(view) else None
+        if is_json(view):
+            return [bytes(view)]
+        return _indented(bytes(view)) if first.strip() == b"{" else None
 
 
 def is_json(text: bytes | mmap.mmap) -> bool:
@@ -130,6 +134,13 @@ def _array(view: mmap.mmap) -> Sequence[msgspec.Raw | bytes] | None:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         values = _lenient(view)  # NaN somewhere: the array has to pass through memory once
         return [json.dumps(value).encode() for value in cast("list[Any]", values)] if isinstance(values, list) else None
+
+
+def _indented(text: bytes) -> Sequence[bytes] | None:
+    """Objects over several lines each, one after the other, as ``jq .`` writes them; None if one of them is damaged."""
+    ends = [match.end() for match in re.finditer(rb"^}\s*$", text, re.MULTILINE)]
+    pieces = [text[start:end] for start, end in pairwise([0, *ends])]
+    return pieces if pieces and all(map(is_json, pieces)) and not text[ends[-1] :].strip() else None
 
 
 def zstd(path: Path) -> Any:

@@ -29,7 +29,7 @@ from typing import Any, Self, cast
 import msgspec
 
 from ec_agents.candidates import Candidate, Selection, Step, Trajectory, storable
-from ec_agents.errors import ConfigError, LogprobsMalformed, StateError, TraceError
+from ec_agents.errors import ConfigError, LogprobsMalformed, ServerError, StateError, TraceError
 from ec_agents.foreign_records import read_record
 from ec_agents.jsonl import Records, decoded, zstd
 
@@ -196,7 +196,7 @@ def _trajectory(records: Records, run: str, places: Places) -> Trajectory:
     own = [record for record in found if "ec_agents" in record]
     try:
         steps = _own_steps(own) if own else [_foreign_step(run, found)]
-    except (LogprobsMalformed, StateError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LogprobsMalformed, ServerError, StateError, LookupError, TypeError, ValueError, AttributeError) as error:
         line = places[0][1]
         raise TraceError(f"{records.path}, record {line}: {error}", records.path, line) from error
     return Trajectory(run=run, task=steps[-1].task, steps=steps)
@@ -231,8 +231,8 @@ def _index(records: Records, group_by: str | None) -> dict[str, Places]:
         )
     if torn:
         _log.warning("%s: %d torn or damaged lines skipped, the first is line %d", records.path, len(torn), torn[0])
-    if not index and not is_trace:
-        raise TraceError(f"{records.path} holds no JSON record", records.path)
+    if not index and not (is_trace and len(torn) == 1):  # a killed program leaves one torn line
+        raise TraceError(f"{records.path} holds no JSON record: {len(torn)} damaged lines found", records.path)
     return index
 
 

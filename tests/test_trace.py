@@ -619,3 +619,92 @@ def test_a_damaged_byte_of_a_trace(position: int, byte: int):
         path.write_bytes(damaged)
         with contextlib.suppress(TraceError):
             list(score_rows(path))
+
+
+ENTRY = {
+    "token": "a",
+    "logprob": -0.7,
+    "top_logprobs": [{"token": "a", "logprob": -0.7}, {"token": "b", "logprob": -0.7}],
+}
+NATIVE: dict[str, dict[str, Any]] = {
+    "responses": {
+        "object": "response",
+        "status": "completed",
+        "output": [
+            {"type": "reasoning", "summary": []},
+            {"type": "message", "content": [{"type": "output_text", "text": "42", "logprobs": [ENTRY]}]},
+        ],
+    },
+    "ollama chat": {"message": {"content": "42"}, "done": True, "done_reason": "stop", "logprobs": [ENTRY]},
+    "ollama generate": {"response": "42", "done": True, "done_reason": "stop", "logprobs": [ENTRY]},
+    "sglang": {
+        "text": "42",
+        "meta_info": {
+            "finish_reason": {"type": "stop", "matched": 2},
+            "output_token_logprobs": [[-0.7, 1, "42"]],
+            "output_top_logprobs": [[[-0.7, 1, "42"], [-0.7, 2, "43"]]],
+        },
+    },
+    "flat vllm": {
+        "outputs": [
+            {
+                "text": "42",
+                "token_ids": [1],
+                "finish_reason": "stop",
+                "logprobs": {
+                    "start_indices": [0],
+                    "end_indices": [2],
+                    "token_ids": [1, 2],
+                    "logprobs": [-0.7, -0.7],
+                    "ranks": [1, 2],
+                },
+            }
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_form(tmp_path: Path, name: str):
+    """Text, finish reason and entropies of the native forms of servers."""
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps(NATIVE[name]))
+    [found] = read_steps(path)
+    [only] = found.candidates
+    assert only.content == "42"
+    assert select([only]).flaws == {}
+    assert only.signals is not None
+    assert only.signals.entropies == pytest.approx([math.log(2)], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"error": {"message": "no credit"}},
+        {"object": "error", "message": "no credit", "code": 402},
+        {"detail": "no credit"},
+        {"response": {"error": {"message": "no credit"}}},
+    ],
+)
+def test_error_body_is_one_failure(tmp_path: Path, error: dict[str, Any]):
+    """It does not stop the file, and its text is kept."""
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps(error) + "\n" + json.dumps(NATIVE["ollama chat"]))
+    broken, sound = read_steps(path)
+    assert "no credit" in broken.failures[0]
+    assert sound.candidates[0].content == "42"
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_indented_records(tmp_path: Path, n: int):
+    """What ``jq .`` writes: objects over several lines each."""
+    path = tmp_path / "t.jsonl"
+    with TraceWriter(path) as writer:
+        for number in range(n):
+            writer.write(step(number=number))
+    lines = [json.dumps(json.loads(line), indent=2) for line in path.read_text().splitlines()]
+    path.write_text("\n".join(lines) + "\n")
+    assert [found.number for found in read_steps(path)] == list(range(n))
+    path.write_text("\n".join([*lines, lines[0][: len(lines[0]) // 2]]))
+    with pytest.raises(TraceError, match="record"):
+        list(read_steps(path))
