@@ -18,12 +18,10 @@ from ec_agents.errors import ConfigError, EcAgentsError
 try:
     import typer
 
-    from ec_agents.cli.options import SCORER_NAMES, EvalOptions, command_of
+    from ec_agents.cli.options import DEFAULT_SCORERS, SCORER_NAMES, EvalOptions, command_of
     from ec_agents.cli.terminal import Terminal, log_printable, one_line, say
 except ImportError as error:
     raise SystemExit(f"ec-agents needs the extra 'cli' ({error}): pip install 'ec-agents[cli]'") from error
-
-from ec_agents.cli.score import DEFAULT_SCORERS, score_rows, write_file, write_rows
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -95,10 +93,13 @@ def score(
     rows: Annotated[int, typer.Option(help="Rows to print without --out; 0 for all.", min=0)] = 50,
 ) -> None:
     """Score every response in a file and mark the chosen ones. Files may be of any size."""
-    table = score_rows(file, scorer, group_by=group_by)
+    command = _load("cli.score")
+    table = command.score_rows(file, scorer, group_by=group_by)
     if out is not None:
-        say(f"{write_file(out, table, scorer)} rows written to {out}")
-    elif write_rows(islice(table, rows or None), scorer, sys.stdout, "table") == rows and next(table, None) is not None:
+        say(f"{command.write_file(out, table, scorer)} rows written to {out}")
+        return
+    count = command.write_rows(islice(table, rows or None), scorer, sys.stdout, "table")
+    if count == rows and next(table, None) is not None:
         say("… and more: --rows 0 prints all, --out FILE.csv writes them")
 
 

@@ -1,4 +1,7 @@
-"""The options of ``ec-agents eval``: their names, defaults and help stand here, and only here."""
+"""The options of ``ec-agents eval``, and what other commands share: names, defaults and help in one place.
+
+Help imports this module, so it imports nothing that is slow.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -9,11 +12,21 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from ec_agents.evaluation.settings import BASELINES, CONCURRENCY, EvalSettings
-from ec_agents.scoring import SCORERS
 
 _Options = TypeVar("_Options")
 
-SCORER_NAMES = ", ".join(SCORERS)
+SCORER_NAMES = (
+    "centroid, centroid-short, standardized-centroid, standardized-centroid-short, raw-entropy-centroid, "
+    "mean-entropy, max-entropy, self-certainty, deepconf-mean, deepconf-tail, deepconf-lowest-group, "
+    "deepconf-bottom-10, mean-logprob, sum-logprob, shortest, longest, tail-entropy, first, random, "
+    "majority, majority-tool-names, majority-then-centroid, centroid-vote, centroid-weighted-vote, "
+    "borda, deepconf-vote, deepconf-vote-10"
+)
+"""The names of SCORERS as help shows them; written out because importing the scorers would slow help down."""
+
+DEFAULT_SCORERS = ("centroid", "centroid-short", "standardized-centroid", "mean-entropy", "mean-logprob")
+"""The scorers of ``ec-agents score`` by default."""
+
 _DEFAULTS = EvalSettings(tasks="", agent="")
 
 

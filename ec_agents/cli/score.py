@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ec_agents.candidates import Candidate, Selection, Step
+from ec_agents.cli.options import DEFAULT_SCORERS
 from ec_agents.cli.terminal import one_line
 from ec_agents.errors import ConfigError, SelectionError
 from ec_agents.files import replacing
@@ -14,7 +15,6 @@ from ec_agents.scoring import scorer_named
 from ec_agents.selection import Selector
 from ec_agents.trace import read_steps
 
-DEFAULT_SCORERS = ("centroid", "centroid-short", "standardized-centroid", "mean-entropy", "mean-logprob")
 FORMS = ("table", "csv", "jsonl")
 LEADING = ("run", "step", "candidate", "chosen", "tokens")
 _FORMULA = ("=", "+", "-", "@")
