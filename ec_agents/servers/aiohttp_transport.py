@@ -57,10 +57,12 @@ class AiohttpTransport:
     """
 
     def __init__(self, pool: Any) -> None:
-        set_to = vars(pool)  # nothing public has the settings
+        set_to: dict[str, Any] = vars(pool)  # nothing public has the settings
         proxy = set_to.get("_proxy_url")
         self._proxy = None if proxy is None else bytes(proxy).decode()
-        self._proxy_headers = {name.decode(): value.decode() for name, value in set_to.get("_proxy_headers", ())}
+        self._proxy_headers: dict[str, str] = {
+            name.decode(): value.decode() for name, value in set_to.get("_proxy_headers", ())
+        }
         most, expiry, address = set_to["_max_connections"], set_to["_keepalive_expiry"], set_to["_local_address"]
         self._connector = _Connector(
             ssl=set_to["_ssl_context"] or True,
@@ -77,9 +79,9 @@ class AiohttpTransport:
     @staticmethod
     def takes_over(pool: Any) -> bool:
         """Whether aiohttp can do what the pool is set to do."""
-        set_to = vars(pool)
+        set_to: dict[str, Any] = vars(pool)
         proxy = set_to.get("_proxy_url")
-        return (
+        return bool(
             type(pool).__name__ in ("AsyncConnectionPool", "AsyncHTTPProxy")
             and set_to.get("_proxy") is None
             and (proxy is None or proxy.scheme == b"http")

@@ -6,13 +6,15 @@ is always what ``token_signals`` makes of the same body.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, cast, overload
 
 import msgspec
 from msgspec import UNSET, Raw, Struct
 
-from ec_agents.errors import LogprobsMalformed, ServerError
+from ec_agents.errors import LogprobsMalformed, ResponseTooLarge, ServerError
 from ec_agents.logprobs import Read, measured, pack_logprobs, server_error, token_signals
 
 Json = Mapping[str, Any]
@@ -87,12 +89,30 @@ _UNPACKABLE = (LogprobsMalformed, ServerError, RecursionError)
 _KEPT = _Head.__struct_fields__
 
 
+MAX_CHOICES = 1024
+"""Most choices of a response that are read."""
+MAX_DEPTH = 100
+"""Deepest nesting of the fields of a response that is read; what handles them later is recursive."""
+MAX_ODD_BYTES = 1 << 26
+"""Largest text in bytes that is read although it does not have the documented form: as objects, it is ten times as
+large."""
+SLICE = 1 << 21
+"""Bytes of tokens that are decoded at once; the interpreter does nothing else meanwhile, about 10 ms."""
+
+_SLICE_DECODER = msgspec.json.Decoder(list[_Token])
+_RAW_SLICE_DECODER = msgspec.json.Decoder(list[Raw])
+_FIRST_TOKEN = re.compile(rb'"(?:content|refusal)"\s*:\s*\[\s*(\{\s*"[^"\\]*"\s*:)')
+_NO_LOGPROB = 12345.678125
+"""Stands for the tokens that were cut out; no log-probability is above 0."""
+_ATTEMPTS = 64
+_NESTED = (dict, list)
+
+
 class _Entries(Sequence[Any]):
     """The tokens of a choice as they came, each decoded when it is asked for."""
 
-    def __init__(self, choice: _RawChoice) -> None:
-        logprobs = choice.logprobs or _RawLogprobs()
-        self._raw = logprobs.content or logprobs.refusal or []
+    def __init__(self, raw: list[Raw]) -> None:
+        self._raw = raw
 
     def __len__(self) -> int:
         return len(self._raw)
@@ -134,14 +154,46 @@ def decode_response(body: bytes, n: int = 1) -> dict[str, Any]:
 
 
 def _sound(response: dict[str, Any]) -> dict[str, Any]:
-    """The response, if the server reports no error for one of its choices at least."""
+    """The response, if it is within the limits and the server reports no error for at least one of its choices.
+
+    Choices that are nested too deeply are dropped, like all that are malformed.
+    """
+    choices: list[dict[str, Any]] = response["choices"]
+    if len(choices) > MAX_CHOICES:
+        raise ResponseTooLarge(f"the response has {len(choices)} choices; at most {MAX_CHOICES} are read")
+    kept = [choice for choice in choices if not _is_deep(choice)]
+    if not kept or _is_deep({**response, "choices": None}):
+        raise ResponseTooLarge(f"the response is nested more than {MAX_DEPTH} levels deep")
+    response["choices"] = kept
     errors = [server_error(choice) if choice.get("error") else None for choice in response["choices"]]
     if errors[0] is not None and all(errors):
         raise errors[0]
     return response
 
 
+def _is_deep(value: Any) -> bool:
+    """Whether a value is nested more than ``MAX_DEPTH`` levels deep."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner: list[Any] = [
+            outer.values() if isinstance(outer, dict) else outer for outer in level if isinstance(outer, _NESTED)
+        ]
+        if not inner:
+            return False
+        level = list(chain.from_iterable(inner))
+    return True
+
+
 def _read_one(body: bytes) -> tuple[_Head, list[dict[str, Any]]]:
+    rest, slices = _cut(body)
+    if slices:
+        try:
+            response = _DECODER.decode(rest)
+            (only,) = response.choices
+            return response, [_slim(only, lambda: _RAW_DECODER.decode(rest).choices[0], slices)]
+        except (*_UNREADABLE, ValueError):
+            pass
+    _check_count(body)
     response = _DECODER.decode(body)
     choices = enumerate(response.choices)
     return response, [
@@ -150,21 +202,101 @@ def _read_one(body: bytes) -> tuple[_Head, list[dict[str, Any]]]:
 
 
 def _read_several(body: bytes) -> tuple[_Head, list[dict[str, Any]]]:
+    _check_count(body)
     response = _SEVERAL_DECODER.decode(body)
     return response, [choice for text in response.choices if (choice := _choice(text)) is not None]
 
 
 def _choice(text: bytes | Raw) -> dict[str, Any] | None:
-    """The JSON of a choice as one with packed log-probabilities; None if it is none.
+    """The JSON of a choice as one with packed log-probabilities; None if it is not a choice.
 
     Raises:
-        LogprobsMalformed: It is no JSON.
+        LogprobsMalformed: It is not JSON.
     """
+    rest, slices = _cut(text)
+    try:
+        return _slim(_CHOICE_DECODER.decode(rest), lambda: _RAW_CHOICE_DECODER.decode(rest), slices)
+    except _UNREADABLE:
+        if slices:
+            return _choice_at_once(text)
+        choice = _json(bytes(text))
+        return _slim_carefully(choice) if _is_choice(choice) else None
+
+
+def _choice_at_once(text: bytes | Raw) -> dict[str, Any] | None:
+    """``_choice`` of a text that has another form than its slices seem to have."""
     try:
         return _slim(_CHOICE_DECODER.decode(text), lambda: _RAW_CHOICE_DECODER.decode(text))
     except _UNREADABLE:
         choice = _json(bytes(text))
         return _slim_carefully(choice) if _is_choice(choice) else None
+
+
+def _check_count(body: bytes) -> None:
+    """Raise ``ResponseTooLarge`` if there are too many choices to be decoded together."""
+    windows = range(0, len(body), SLICE)
+    if len(body) > SLICE and sum(body.count(b'"message":', at, at + SLICE) for at in windows) > 2 * MAX_CHOICES:
+        raise ResponseTooLarge(f"the response has more than {MAX_CHOICES} choices; found {_start(body)}")
+
+
+# A long list of tokens, slice by slice
+
+
+def _cut(text: bytes | Raw) -> tuple[bytes | Raw, list[bytes]]:
+    """A response or a choice without most of its tokens, and the tokens that were cut out, as several lists.
+
+    A token that has no log-probability of its own stands in their place. Whether the slices are tokens, and whether
+    they were the log-probabilities of the response, is up to the caller.
+    """
+    if len(memoryview(text)) <= 2 * SLICE:
+        return text, []
+    whole = bytes(text)
+    found = _FIRST_TOKEN.search(whole)
+    begin, slices = found.start(1) if found else len(whole), list[bytes]()
+    while found and len(whole) - begin > 2 * SLICE and (end := _token_after(whole, begin + SLICE, found[1])):
+        slices.append(b"".join((b"[", memoryview(whole)[begin : whole.rindex(b",", begin, end)], b"]")))
+        begin = end
+    if found is None or not slices:
+        return text, []
+    stand_in = b'{"logprob":%r,"top_logprobs":[]},' % _NO_LOGPROB
+    return whole[: found.start(1)] + stand_in + whole[begin:], slices
+
+
+def _token_after(text: bytes, position: int, mark: bytes) -> int | None:
+    """Where a token begins that follows one with alternatives; alternatives begin with the same bytes."""
+    for _ in range(_ATTEMPTS):
+        position = text.find(mark, position + 1, position + SLICE)
+        if position < 0:
+            return None
+        if b"".join(text[position - 80 : position].split()).endswith(b"}]},"):
+            return position
+    return None
+
+
+def _read_slice(listed: bytes) -> Read:
+    """The numbers of a list of tokens; ``NaN`` and ``Infinity`` are read too.
+
+    Raises:
+        msgspec.DecodeError: They are not tokens.
+    """
+    try:
+        return _read(_SLICE_DECODER.decode(listed))
+    except _UNREADABLE:
+        return _read(msgspec.convert(_json(listed), list[_Token]))
+
+
+def _joined(parts: Sequence[Read]) -> Read:
+    return Read(*(list(chain.from_iterable(lists)) for lists in zip(*parts, strict=True)))
+
+
+def _raw_tokens(slices: Sequence[bytes], choice: _RawChoice) -> list[Raw]:
+    logprobs = choice.logprobs or _RawLogprobs()
+    last = logprobs.content or logprobs.refusal or []
+    before = [token for tokens in slices for token in _RAW_SLICE_DECODER.decode(tokens)]
+    return [*before, *last[bool(slices) :]]
+
+
+# One choice
 
 
 def pack_choice(text: bytes) -> bytes | None:
@@ -184,12 +316,13 @@ def pack_response(body: bytes, n: int = 1) -> bytes:
         return body
 
 
-def _slim(choice: _Choice, raw: Callable[[], _RawChoice]) -> dict[str, Any]:
+def _slim(choice: _Choice, raw: Callable[[], _RawChoice], slices: Sequence[bytes] = ()) -> dict[str, Any]:
     """A choice with packed log-probabilities.
 
     Args:
         choice: The choice.
         raw: Gives it with its tokens as they came.
+        slices: Tokens that were cut out of it.
 
     Raises:
         msgspec.DecodeError: It has log-probabilities, but not in the form of a chat completion.
@@ -197,14 +330,15 @@ def _slim(choice: _Choice, raw: Callable[[], _RawChoice]) -> dict[str, Any]:
     fields = {"index": choice.index, "message": choice.message, "finish_reason": choice.finish_reason}
     if choice.error:
         fields["error"] = choice.error
-    if choice.logprobs is None:
+    if choice.logprobs is None and not slices:
         return {**fields, "logprobs": pack_logprobs(lambda: token_signals({**fields, "logprobs": None}))}
-    tokens = choice.logprobs.content or choice.logprobs.refusal
-    if not tokens and choice.logprobs.packed:
+    tokens = None if choice.logprobs is None else choice.logprobs.content or choice.logprobs.refusal
+    if choice.logprobs is not None and not tokens and choice.logprobs.packed:
         return {**fields, "logprobs": _packed_before(choice.logprobs)}
-    if not tokens:
+    if not tokens or (slices and tokens[0].logprob != _NO_LOGPROB):
         raise msgspec.DecodeError("no tokens")
-    return {**fields, "logprobs": pack_logprobs(lambda: measured(_read(tokens), lambda: _Entries(raw())))}
+    read = _joined([*map(_read_slice, slices), _read(tokens[1:])]) if slices else _read(tokens)
+    return {**fields, "logprobs": pack_logprobs(lambda: measured(read, lambda: _Entries(_raw_tokens(slices, raw()))))}
 
 
 def _packed_before(logprobs: _Logprobs) -> dict[str, Any]:
@@ -259,6 +393,9 @@ def _is_choice(choice: Any) -> bool:
 
 
 def _json(body: bytes) -> Any:
+    if len(body) > MAX_ODD_BYTES:
+        needed = f"a response of more than {MAX_ODD_BYTES:,} bytes must have the form of a chat completion"
+        raise ResponseTooLarge(f"{needed}; found {_start(body)}")
     try:
         return msgspec.json.decode(body)
     except _UNREADABLE:

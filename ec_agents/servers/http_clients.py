@@ -14,10 +14,9 @@ import weakref
 import zlib
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
-from contextvars import Context, ContextVar
+from contextvars import Context
 from dataclasses import dataclass
 from itertools import chain
-from types import ModuleType
 from typing import Any
 
 import openai
@@ -25,6 +24,7 @@ import openai
 from ec_agents.errors import ConfigError, RedirectRefused, ResponseTooLarge
 from ec_agents.servers.body_reader import Turns, read_body
 from ec_agents.servers.httpx_of_sdk import httpx
+from ec_agents.servers.limited_sockets import GIVE_UP_AT, LimitedBackend
 from ec_agents.servers.per_loop import PerLoop
 
 MAX_BODY_BYTES = 1 << 28
@@ -58,7 +58,7 @@ class ResponseLimits:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        size: object = self.max_body_bytes
+        size: Any = self.max_body_bytes
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ConfigError(f"max_body_bytes must be 1 or more; found {size!r}")
 
@@ -200,11 +200,11 @@ class _WholeResponsesBlocking(httpx.BaseTransport):  # pyright: ignore[reportUnt
         """The response with its whole body, decompressed."""
         request.read()
         request.headers["accept-encoding"] = "gzip"
-        token = _DEADLINE.set(self._limits.start_clock(request))
+        token = GIVE_UP_AT.set(self._limits.start_clock(request))
         try:
             return self._receive(request)
         finally:
-            _DEADLINE.reset(token)
+            GIVE_UP_AT.reset(token)
 
     def _receive(self, request: Any) -> Any:
         response = self._inner.handle_request(request)
@@ -278,65 +278,6 @@ def _inflate(stage: Any, pieces: Iterator[bytes]) -> Iterator[bytes]:
             remaining = stage.unconsumed_tail
             if piece:
                 yield piece
-
-
-# A limit for every read of a socket
-
-_DEADLINE: ContextVar[float] = ContextVar("ec_agents_deadline", default=math.inf)
-"""Monotonic time at which the synchronous request of this thread is given up."""
-
-
-class _LimitedBackend:
-    """The network backend of a synchronous pool, whose waits end when the request is given up."""
-
-    def __init__(self, real: Any, httpcore: ModuleType) -> None:
-        self._real = real
-        self._httpcore = httpcore
-
-    def connect_tcp(self, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
-        """Connect to a host."""
-        left = _time_left(timeout, self._httpcore.ConnectTimeout)
-        return _LimitedStream(self._real.connect_tcp(*args, timeout=left, **kwargs), self._httpcore)
-
-    def connect_unix_socket(self, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
-        """Connect to a Unix socket."""
-        left = _time_left(timeout, self._httpcore.ConnectTimeout)
-        return _LimitedStream(self._real.connect_unix_socket(*args, timeout=left, **kwargs), self._httpcore)
-
-    def sleep(self, seconds: float) -> None:
-        """Wait before another attempt to connect."""
-        self._real.sleep(_time_left(seconds, self._httpcore.ConnectTimeout))
-
-
-class _LimitedStream:
-    """One connection of a ``_LimitedBackend``."""
-
-    def __init__(self, real: Any, httpcore: ModuleType) -> None:
-        self._real = real
-        self._httpcore = httpcore
-        self.close = real.close
-        self.get_extra_info = real.get_extra_info
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """Receive bytes."""
-        return self._real.read(max_bytes, _time_left(timeout, self._httpcore.ReadTimeout))
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Send bytes."""
-        self._real.write(buffer, _time_left(timeout, self._httpcore.WriteTimeout))
-
-    def start_tls(self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None) -> Any:
-        """Encrypt the connection."""
-        left = _time_left(timeout, self._httpcore.ConnectTimeout)
-        return _LimitedStream(self._real.start_tls(ssl_context, server_hostname, left), self._httpcore)
-
-
-def _time_left(timeout: float | None, expired: type[Exception]) -> float | None:
-    """The timeout, or the time that the request has left if that is less."""
-    left = _DEADLINE.get() - time.monotonic()
-    if left <= 0:
-        raise expired("the response was not complete within the timeout")
-    return timeout if math.isinf(left) else min(left, math.inf if timeout is None else timeout)
 
 
 # Copies of clients
@@ -417,8 +358,8 @@ def _copied(client: Any, replaced: Callable[[Any], Any]) -> Any:
     """An httpx client with everything that is set on another one, and other transports."""
     # The classes of the SDK and of langchain-openai close the client when it is garbage, in a task that nobody awaits.
     own = type(client).__module__.partition(".")[0] in ("openai", "langchain_openai")
-    kind = (httpx.AsyncClient if isinstance(client, httpx.AsyncClient) else httpx.Client) if own else type(client)
-    made = object.__new__(kind)
+    kind: Any = (httpx.AsyncClient if isinstance(client, httpx.AsyncClient) else httpx.Client) if own else type(client)
+    made: Any = object.__new__(kind)
     made.__dict__.update(vars(client))
     made._transport = replaced(client._transport)  # noqa: SLF001 - httpx has no public way to these
     made._mounts = {pattern: mounted and replaced(mounted) for pattern, mounted in client._mounts.items()}  # noqa: SLF001
@@ -441,7 +382,7 @@ def _limited(transport: Any) -> Any:
     """A synchronous transport of httpx, every read of which is limited."""
     pool = transport._pool  # noqa: SLF001 - httpx hands no network backend to it
     httpcore = sys.modules[type(pool).__module__.partition(".")[0]]
-    pool._network_backend = _LimitedBackend(pool._network_backend, httpcore)  # noqa: SLF001 - see above
+    pool._network_backend = LimitedBackend(pool._network_backend, httpcore)  # noqa: SLF001 - see above
     return transport
 
 
