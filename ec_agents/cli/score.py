@@ -115,7 +115,10 @@ def _cell(value: Any) -> str:
 
 
 def _csv_cell(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(_FORMULA) else value
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r\n", "\n").replace("\r", "\n")  # readers end a row at a carriage return
+    return f"'{text}" if text.lstrip().startswith(_FORMULA) else text
 
 
 def _line(cells: Sequence[str], header: Sequence[str]) -> str:

@@ -30,7 +30,7 @@ class Terminal(Console):
     """A console that prints only printable text, whatever it is asked to show."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(markup=False, **options)
+        super().__init__(markup=False, highlight=False, **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Filter the text of every segment; colours and cursor movements are kept apart from it."""
@@ -40,7 +40,7 @@ class Terminal(Console):
 
 def say(text: str) -> None:
     """Print text as it is, without wrapping or colours."""
-    Terminal().print(Text(text), soft_wrap=True)
+    Terminal().print(Text(printable(text)), soft_wrap=True)
 
 
 def log_printable() -> None:

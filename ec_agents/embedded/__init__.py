@@ -1,4 +1,4 @@
-"""A small language model with its weights and its tasks: real log-probabilities offline, on any CPU.
+"""A small language model with weights and tasks: real log-probabilities offline, on any CPU.
 
 >>> from ec_agents.embedded import EmbeddedChatModel, make_tasks
 >>> task = make_tasks("solve", 1)[0]

@@ -1,6 +1,6 @@
-"""The embedded model as a LangChain chat model, with real log-probabilities for every token that it writes.
+"""The embedded model as a LangChain chat model, with real log-probabilities for every token.
 
-It runs offline and on any CPU, and it can do the tasks of ``ec_agents.embedded.tasks`` and nothing else.
+It runs offline on any CPU, and can solve the tasks of ``ec_agents.embedded.tasks`` only.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ PROVIDER = "ec-agents"
 _RANGES = (("temperature", 0, math.inf), ("max_tokens", 1, math.inf), ("n", 1, math.inf), ("top_logprobs", 0, 20))
 _OPTIONS = ("temperature", "max_tokens", "seed", "n", "top_logprobs", "logprobs")
 _TOKENS = [(v.decode([i]), list(v.token_bytes(i))) for i in range(v.SIZE)]
-"""Text and bytes of each token; messages share the lists of bytes, which are never written to."""
+"""Text and bytes of each token; messages share the lists of bytes, which are never modified."""
 
 
 class _Call(msgspec.Struct, frozen=True):
@@ -55,19 +55,19 @@ _CALLS = msgspec.json.Decoder(_Call)
 class EmbeddedChatModel(BaseChatModel):
     """A 1-million-parameter language model that ships with the package and runs in numpy.
 
-    Calls of one process run in one batch, so concurrent calls cost little more than one. System messages are left out:
-    the model was not trained on any. With ``n`` > 1, ``generate`` returns n generations, the prompt counted in the
-    usage of the first only, so that the sum is what was computed.
+    Concurrent calls of one process run in one batch and cost little more than one call. System messages are ignored,
+    because the model was not trained on any. With ``n`` > 1, ``generate`` returns n generations; only the usage of the
+    first includes the prompt, so that the sum is what was computed.
 
-    Each field can be set for one call too: ``model.invoke(messages, temperature=0.7, n=4)`` or ``model.bind(seed=1)``;
-    None stands for the field's value. ``stop`` ends a response before one of the given texts; the log-probabilities
+    Each field can also be set per call: ``model.invoke(messages, temperature=0.7, n=4)`` or ``model.bind(seed=1)``;
+    None means the field's value. ``stop`` ends a response before one of the given texts; the log-probabilities
     include the tokens of the stop text.
 
-    The message has the thought in ``additional_kwargs["reasoning_content"]``, and the log-probabilities in
+    The message holds the thought in ``additional_kwargs["reasoning_content"]``, and the log-probabilities in
     ``response_metadata["logprobs"]["content"]`` in OpenAI's form, for all tokens: thought, tool call and end included.
 
     Raises:
-        ConfigError: A field is out of range; or, on a call, a message or an argument is more than the model can handle.
+        ConfigError: A field is out of range; on a call: the model cannot handle a message or an argument.
         ContextOverflowError: On a call: the prompt leaves no room for a response.
 
     Example:
@@ -79,15 +79,15 @@ class EmbeddedChatModel(BaseChatModel):
     """
 
     temperature: float = 1.0
-    """Divides the logits before drawing; 0 takes the likeliest token. Log-probabilities are those at 1."""
+    """Sampling temperature; 0 takes the likeliest token. Log-probabilities are reported at temperature 1."""
     max_tokens: int = 384
     """Most tokens of a response; with the prompt, at most 512."""
     seed: int | None = None
-    """The same seed and request give the same text, up to rounding whatever else is in the batch; None draws afresh."""
+    """The same seed and request give the same text, up to rounding in other batches; None uses a fresh seed."""
     n: int = 1
-    """Responses to one request; with a seed, they differ from one another."""
+    """Responses per request; they differ from each other even with a seed."""
     top_logprobs: int = 20
-    """Alternatives reported with each token, 0 to 20."""
+    """Alternatives reported per token, 0 to 20."""
     logprobs: bool = True
     """Whether to report log-probabilities."""
 
@@ -103,7 +103,7 @@ class EmbeddedChatModel(BaseChatModel):
         tool_choice: str | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """The model with tools to call; it knows one, ``calc``, of which it is told the name only.
+        """Bind tools to the model; it knows one, ``calc``, and sees only its name.
 
         Raises:
             ConfigError: ``tool_choice`` forces a call.
@@ -133,7 +133,7 @@ class EmbeddedChatModel(BaseChatModel):
         return params
 
     def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The options of a call: what it was given, and the fields for the rest."""
+        """The options of a call: its arguments, and the fields for the rest."""
         return {name: getattr(self, name) if given.get(name) is None else given[name] for name in _OPTIONS}
 
     def _generate(
@@ -158,14 +158,14 @@ class EmbeddedChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         request, logprobs = self._request(messages, stop or (), kwargs)
-        # Cancelling the task cancels the wrapped future, which frees the rows.
+        # Cancelling the task cancels the wrapped future and so frees the rows.
         completions = await asyncio.wrap_future(default_engine().submit(request))
         return _result(request, completions, logprobs=logprobs)
 
     def _request(
         self, messages: Sequence[BaseMessage], stop: Sequence[str], kwargs: Mapping[str, Any]
     ) -> tuple[Request, bool]:
-        """The request to the engine, and whether log-probabilities are wanted."""
+        """The request for the engine, and whether to report log-probabilities."""
         unknown = kwargs.keys() - {*_OPTIONS, "tools", "tool_choice"}
         if unknown:
             raise ConfigError(f"the embedded model has no option {', '.join(sorted(unknown))}; it has {_OPTIONS}")
@@ -203,7 +203,7 @@ def _check_tool_choice(tool_choice: object) -> None:
 
 
 def _turns(messages: Sequence[BaseMessage]) -> list[Turn]:
-    """The conversation in the form that the chat template takes."""
+    """The conversation in the form of the chat template."""
     turns: list[Turn] = []
     for message in messages:
         if isinstance(message, AIMessage):
@@ -298,7 +298,7 @@ def _parse(tokens: Sequence[int]) -> tuple[str, str, list[ToolCall], list[Invali
 
 
 def _logprobs(completion: Completion) -> list[dict[str, Any]]:
-    """OpenAI's form of the log-probabilities."""
+    """The log-probabilities in OpenAI's form."""
     top = zip(completion.top_ids.tolist(), completion.top_logprobs.tolist(), strict=True)
     entries = _entries(completion.tokens, completion.logprobs.tolist())
     return [
@@ -307,7 +307,7 @@ def _logprobs(completion: Completion) -> list[dict[str, Any]]:
 
 
 def _entries(tokens: Sequence[int], logprobs: Sequence[float]) -> list[dict[str, Any]]:
-    # One comprehension, for this makes 20 dictionaries a token.
+    # One comprehension, because this makes 20 dictionaries per token.
     return [
         {"token": text, "bytes": utf8, "logprob": logprob}
         for (text, utf8), logprob in zip(map(_TOKENS.__getitem__, tokens), logprobs, strict=True)

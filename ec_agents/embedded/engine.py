@@ -1,7 +1,7 @@
-"""Continuous batching: every response in progress advances by one token a step, whoever asked for it and when.
+"""Continuous batching: every response in progress advances by one token per step, whichever call it belongs to.
 
 Callers submit requests from any thread and get futures. One worker thread admits waiting rows between steps, runs the
-network on all rows at once, draws a token for each, and ends when there is nothing left to do.
+network on all rows at once, samples a token for each, and ends when no row is left.
 """
 
 import os
@@ -20,35 +20,35 @@ from ec_agents.embedded.transformer import CONTEXT, Cache, Floats, Ints, Prefill
 from ec_agents.errors import ConfigError
 
 GREEDY = 1e-6
-"""Temperatures below this one take the likeliest token."""
+"""Below this temperature the likeliest token is taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One prompt, and how to draw the responses to it."""
+    """One prompt, and how to sample the responses."""
 
     prompt: tuple[int, ...]
     """Token ids, at least one and fewer than ``CONTEXT``."""
     seed: int
-    """Row i draws from a generator of its own, seeded with ``(seed, i)``; not negative."""
+    """Seed, 0 or more; row i has its own generator, seeded with ``(seed, i)``."""
     n: int = 1
-    """Responses to draw."""
+    """Number of responses."""
     max_tokens: int = CONTEXT
     """Most tokens of one response."""
     temperature: float = 1.0
-    """Divides the logits before drawing; 0 takes the likeliest token."""
+    """Sampling temperature; 0 takes the likeliest token."""
     top_k: int = 0
-    """Alternatives to report with each token, up to the whole vocabulary."""
+    """Alternatives to report per token, up to the whole vocabulary."""
     stop: tuple[bytes, ...] = ()
     """A response ends once its text contains one of these."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Completion:
-    """One response of T tokens; log-probabilities are those at temperature 1, whatever it was drawn at."""
+    """One response of T tokens; log-probabilities are those at temperature 1."""
 
     tokens: list[int]
-    """Token ids, the end token included."""
+    """Token ids, including the end token."""
     logprobs: Floats
     """Log-probability of each token, ``(T,)``, nats."""
     top_ids: Ints
@@ -182,7 +182,7 @@ class Engine:
                 self._cache.count = 0
 
     def _admit(self) -> bool:
-        """Start waiting rows while there is room; False if there are none at all and the worker is to end."""
+        """Start waiting rows while there is room; False if there are none at all, so that the worker ends."""
         with self._lock:
             room = self._max_rows - len(self._rows)
             admitted = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
@@ -215,7 +215,7 @@ class Engine:
         return known
 
     def _step(self) -> None:
-        """One token for every row: drop cancelled rows, draw, drop finished rows, run the network."""
+        """Advance every row by one token: drop cancelled rows, sample, drop finished rows, run the network."""
         for i in reversed(range(len(self._rows))):
             if self._rows[i].job.future.done():
                 self._drop(i)
@@ -242,7 +242,7 @@ class Engine:
         self._cache.remove(i)
 
     def _draw(self) -> None:
-        """Draw the next token of every row and record it with its log-probabilities."""
+        """Sample the next token of every row and record it with its log-probabilities."""
         rows = self._rows
         logprobs = log_softmax(self._logits[: len(rows)])
         temperatures = np.array([row.job.request.temperature for row in rows])
@@ -261,7 +261,7 @@ def log_softmax(logits: Floats) -> Floats:
 
 
 def draw(logprobs: Floats, temperatures: NDArray[np.float64], uniforms: NDArray[np.float64]) -> Ints:
-    """Draw one token a row by inverting its cumulative distribution.
+    """Sample one token per row by inverting the cumulative distribution.
 
     Args:
         logprobs: ``(B, V)``, nats.
@@ -297,7 +297,7 @@ _engines: dict[int, Engine] = {}
 
 
 def default_engine() -> Engine:
-    """The engine that all models of this process share, so that their calls run in one batch; built on first use.
+    """Return the engine that all models of this process share, so that their calls run in one batch.
 
     Raises:
         FileNotFoundError: The package was installed without its weights.

@@ -1,8 +1,8 @@
-"""Writes the embedded model for other servers: ``python -m ec_agents.embedded.export OUT``.
+"""Export the embedded model for other servers: ``python -m ec_agents.embedded.export OUT``.
 
-``OUT.gguf`` is a file for llama.cpp (extra ``export``); any other name is a folder in the form of Hugging Face, which
-vLLM and transformers read. Both hold the same float32 weights, tokens and chat template, so a server that we did not
-write computes the log-probabilities that the numpy network computes.
+``OUT.gguf`` is a file for llama.cpp (extra ``export``); any other name is a folder in the Hugging Face
+format, for vLLM and transformers. Both hold the same float32 weights, tokens and chat template, so that these servers
+compute the same log-probabilities as the numpy network.
 """
 
 import argparse
@@ -36,21 +36,21 @@ TEMPLATE = """\
 {%- if add_generation_prompt %}<|assistant|>{% endif %}"""
 """``template.render`` in Jinja.
 
-A thought in the text of an earlier answer is dropped, for the network has seen none there; one in a field of its own is
-kept, which shows llama.cpp how thoughts are marked.
+A thought in the text of an earlier answer is dropped, because the network was trained without it; a thought in its own
+field is kept, which shows llama.cpp how thoughts are marked.
 """
 ROLES = range(v.END, v.TOOLS + 1)
-"""Tokens that end or begin a message: servers neither show them nor read them in the text of a message."""
+"""Tokens that begin or end a message; servers neither show them nor parse them in the text of a message."""
 
 
 def export(out: Path) -> None:
-    """Write the model that ships with the package.
+    """Export the model that ships with the package.
 
     Args:
-        out: A file if the name ends in ``.gguf``, otherwise a folder; what it holds of the same name is overwritten.
+        out: A file if the name ends in ``.gguf``, otherwise a folder; existing files of the same names are overwritten.
 
     Raises:
-        ImportError: A file is wanted, and the extra ``export`` is not installed.
+        ImportError: ``out`` is a file and the extra ``export`` is not installed.
     """
     shape = Shape(vocabulary=v.SIZE)
     with (
@@ -108,7 +108,7 @@ def _write_gguf(out: Path, tensors: Mapping[str, Floats], shape: Shape) -> None:
     writer.add_token_types(
         [kinds.NORMAL if i < 256 else kinds.CONTROL if i in ROLES else kinds.USER_DEFINED for i in range(v.SIZE)]
     )
-    # llama.cpp wants at least one merge; this one never applies, for text is merged one letter at a time.
+    # llama.cpp needs at least one merge; this one never applies, because text is merged one letter at a time.
     writer.add_token_merges(["<|end|> <|end|>"])
     writer.add_eos_token_id(v.END)
     writer.add_add_bos_token(value=False)

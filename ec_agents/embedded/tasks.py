@@ -1,11 +1,11 @@
 """Three families of tasks with programmatic checkers: ``solve``, ``play`` and ``plain``.
 
 - ``solve``: make a goal from 3 or 4 numbers with + - * /; one response with a worked search.
-- ``play``: the same puzzle with 3 or 4 numbers and a ``calc`` tool, one operation a step: two or three tool calls,
-  each working on the results of the ones before.
+- ``play``: the same puzzle with 3 or 4 numbers and a ``calc`` tool, one operation per step: two or three tool calls,
+  each using the results of the previous ones.
 - ``plain``: a word problem of several sums; one response with a plain chain of thought.
 
-A task is plain data and its checker is a pure function, so any model can be given the same tasks.
+A task is plain data and its checker is a pure function, so any model can work on the same tasks.
 """
 
 import random
@@ -24,22 +24,22 @@ LARGEST = 400
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difficulty:
-    """How hard the drawn tasks are."""
+    """Difficulty of the generated tasks."""
 
     solve: tuple[int, int, int]
     """Weights of 3, 4 and 5 numbers in ``solve``."""
     play: tuple[int, int, int]
     """Weights of 3, 4 and 5 numbers in ``play``."""
     people: int
-    """``plain``: most people, from 3."""
+    """``plain``: largest number of people, at least 3."""
     amount: int
-    """``plain``: most that the first person has, from 10."""
+    """``plain``: largest amount of the first person, at least 10."""
     difference: int
-    """``plain``: largest difference, from 2."""
+    """``plain``: largest difference, at least 2."""
 
 
 NORMAL = Difficulty(solve=(3, 1, 0), play=(2, 1, 0), people=4, amount=40, difference=20)
-"""What ``make_tasks`` draws."""
+"""Difficulty of ``make_tasks``."""
 NARROW = replace(NORMAL, people=5)
 """The second stage of training."""
 WIDE = Difficulty(solve=(1, 1, 0), play=(2, 2, 1), people=6, amount=60, difference=48)
@@ -50,7 +50,7 @@ _OPERATION = re.compile(r"\s*(\d+)\s*([-+*/])\s*(\d+)\s*(?:=\s*(\d+)\s*)?")
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation of a puzzle, ``left sign right = result``; all whole and not negative."""
+    """One operation of a puzzle, ``left sign right = result``; all are whole numbers of 0 or more."""
 
     left: int
     sign: str
@@ -69,18 +69,18 @@ class Operation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """A task: what to ask, and what is right."""
+    """A task with its right answer."""
 
     family: Family
     prompt: str
-    """The text for the model."""
+    """Prompt for the model."""
     numbers: tuple[int, ...] = ()
     """Puzzles: the numbers to use. Empty in ``plain``."""
     goal: int
     """Puzzles: the number to make. ``plain``: the number asked for."""
 
     def check(self, answer: str, expressions: Sequence[str] = ()) -> bool:
-        """Whether a run solved the task.
+        """Decide whether a run solved the task.
 
         Args:
             answer: The text of the final answer.
@@ -101,7 +101,7 @@ class Task:
         return left == (self.goal,)
 
     def calc_tool(self) -> Callable[[str], str]:
-        """A new ``calc`` tool for one run of a ``play`` task; it keeps count of the numbers that are left."""
+        """Make a ``calc`` tool for one run of a ``play`` task; it tracks the remaining numbers."""
         left = self.numbers
 
         def calc(expression: str) -> str:
@@ -114,7 +114,7 @@ class Task:
 
 
 def apply(numbers: Sequence[int], expression: str) -> tuple[tuple[int, ...], Operation]:
-    """The numbers left after one operation on two of them, and the operation.
+    """Apply one operation to two of the numbers; return the remaining numbers and the operation.
 
     Raises:
         ValueError: The expression is not an operation on two of the numbers, or its result is not allowed.
@@ -173,7 +173,7 @@ def stated_number(answer: str) -> int | None:
 
 
 def find_solution(numbers: Sequence[int], goal: int, rng: random.Random) -> list[Operation] | None:
-    """A solution of a puzzle, drawn by a search in random order; None if there is none."""
+    """Find a solution of a puzzle by a search in random order; None if none exists."""
     if len(numbers) == 1:
         return [] if numbers[0] == goal else None
     options = moves(numbers)
@@ -200,13 +200,13 @@ def moves(numbers: Sequence[int]) -> list[tuple[Operation, tuple[int, ...]]]:
 
 
 def make_task(family: Family, rng: random.Random, *, held_out: bool = True, difficulty: Difficulty = NORMAL) -> Task:
-    """Draw a task.
+    """Generate a task.
 
     Args:
         family: Which family.
-        rng: The source of chance.
-        held_out: True draws from the tenth of all tasks that training never sees, False from the rest.
-        difficulty: How hard.
+        rng: Random generator.
+        held_out: True takes the task from the tenth that training never sees, False from the rest.
+        difficulty: Difficulty of the task.
     """
     while True:
         task = _draw_sums(rng, difficulty) if family == "plain" else _draw_puzzle(family, rng, difficulty)
@@ -215,7 +215,7 @@ def make_task(family: Family, rng: random.Random, *, held_out: bool = True, diff
 
 
 def make_tasks(family: Family, count: int, *, seed: int = 0) -> list[Task]:
-    """Held-out tasks of one family, the same ones for the same seed."""
+    """Generate held-out tasks of one family; the same seed gives the same tasks."""
     rng = random.Random(f"{family}/{seed}")
     return [make_task(family, rng) for _ in range(count)]
 

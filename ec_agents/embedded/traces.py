@@ -2,7 +2,7 @@
 
 A puzzle's response searches on a budget: it tries complete attempts, most of them near misses, until one makes the goal
 (`` yes``) or the budget is used up. Then it acts on the attempt that worked, or else on the closest one, which is a
-wrong guess. Every response therefore ends by itself. A word problem's response works out one person after the other.
+wrong guess. Every response therefore terminates. The response to a word problem computes one person after the other.
 """
 
 import math
@@ -17,9 +17,9 @@ from ec_agents.embedded.template import Turn, call_text, render
 Attempt = Sequence[Operation]
 
 BUDGET = {2: 4, 3: 6, 4: 5, 5: 4}
-"""Attempts in a response, by how many numbers are left."""
+"""Attempts per response, by the number of remaining numbers."""
 OUT_OF_BUDGET = 0.35
-"""Share of the searches that use up their budget without finding the goal."""
+"""Share of the searches that exhaust their budget without finding the goal."""
 WANDER = 0.3
 """Share of the ``play`` examples whose earlier steps followed a wrong attempt."""
 REFUSED = 0.06
@@ -35,7 +35,7 @@ class Example:
 
 
 def make_example(rng: random.Random, difficulty: Difficulty = NARROW) -> Example:
-    """Draw one training example of any family."""
+    """Generate one training example of any family."""
     family = rng.choices(("solve", "play", "plain"), (35, 45, 20))[0]
     task = make_task(family, rng, held_out=False, difficulty=difficulty)
     if family == "plain":
@@ -124,7 +124,7 @@ def _attempt(numbers: tuple[int, ...], rng: random.Random) -> Attempt:
 
 
 def _near_miss(numbers: tuple[int, ...], goal: int, rng: random.Random, draws: int = 10) -> Attempt | None:
-    """A complete attempt that does not make the goal, the closer the likelier; None if all that were drawn make it."""
+    """A complete attempt that misses the goal, close ones more likely; None if all generated attempts reach it."""
     drawn = [attempt for attempt in (_attempt(numbers, rng) for _ in range(draws)) if attempt[-1].result != goal]
     if not drawn:
         return None

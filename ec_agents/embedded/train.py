@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false
-"""Trains the embedded model from scratch: ``python -m ec_agents.embedded.train --steps 6000 --out weights.npz``.
+"""Train the embedded model from scratch: ``python -m ec_agents.embedded.train --steps 6000 --out weights.npz``.
 
 Needs PyTorch (extra ``train``); nothing else in the package does. The network is the one of ``transformer.py``:
 RMSNorm, rotary positions, causal attention, SwiGLU, tied embeddings. Muon trains the hidden matrices, AdamW the rest;
@@ -25,14 +25,14 @@ from ec_agents.embedded.traces import Example, make_example
 from ec_agents.embedded.transformer import Shape
 
 POOL = 2048
-"""Examples drawn at once, sorted by length and cut into batches."""
+"""Examples generated at a time, sorted by length and cut into batches."""
 BATCH_TOKENS = 4096
-"""Tokens in a batch, padding included."""
+"""Tokens per batch, including padding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """What a stage of training learns from, and how fast."""
+    """Tasks and learning rates of one stage of training."""
 
     difficulty: Difficulty
     """The tasks."""

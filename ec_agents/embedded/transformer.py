@@ -21,7 +21,7 @@ Attend = Callable[[int, Floats, Floats, Floats], Floats]
 """Layer index, queries, keys, values, each ``(N, heads, size)`` → what the heads mix, ``(N, width)``."""
 
 CONTEXT = 512
-"""Most tokens that a prompt and its response may have together."""
+"""Most tokens of a prompt and its response together."""
 SMALL = 2**18
 """Multiplications of the largest matrix product that OpenBLAS runs on the calling thread.
 
@@ -40,14 +40,14 @@ class Shape:
     hidden: int = 352
 
     def frequencies(self) -> Floats:
-        """Rotary frequencies of one head, ``(width / heads / 2,)``, radians a position."""
+        """Rotary frequencies of one head, ``(width / heads / 2,)``, radians per position."""
         size = self.width // self.heads
         return (10000.0 ** (-np.arange(0, size, 2) / size)).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefill:
-    """What a prompt of T tokens leaves behind."""
+    """The result of reading a prompt of T tokens."""
 
     logits: Floats
     """Logits of the first token of the response, ``(V,)``."""
@@ -58,7 +58,7 @@ class Prefill:
 
 
 class Cache:
-    """Keys and values of up to ``rows`` responses, each with a length of its own.
+    """Keys and values of up to ``rows`` responses, each with its own length.
 
     The rows in use are always the first ``count`` ones. Memory is taken as positions are first written, at most
     2.5 MiB a row.
@@ -130,7 +130,7 @@ class Transformer:
 
     @classmethod
     def load(cls) -> Self:
-        """The model that ships with the package.
+        """Load the model that ships with the package.
 
         Raises:
             ConfigError: The weights file does not hold this network.
@@ -158,7 +158,7 @@ class Transformer:
         return Prefill(_product(hidden[-1:], self._unembed)[0], keys, values)
 
     def _read(self, tokens: Ints, part: slice, keys: Floats, values: Floats) -> Floats:
-        """Hidden states of a part of a prompt; its keys and values are put beside those of what came before."""
+        """Hidden states of a part of a prompt; its keys and values are appended to those of the parts before."""
         positions = np.arange(len(tokens))[part]
         seen = int(positions[-1]) + 1
         future = np.where(np.arange(seen) > positions[:, None], np.float32(-np.inf), np.float32(0))

@@ -24,6 +24,7 @@ from ec_agents.embedded.engine import Request
 from ec_agents.embedded.tasks import call_calc, replay
 from ec_agents.evaluation.tasks import EvalTask, embedded_task
 from ec_agents.messages import as_candidate
+from ec_agents.policy import SamplingPolicy
 from ec_agents.selection import Selector
 
 RECURSION_LIMIT = 40
@@ -100,7 +101,7 @@ def asker(made: Any, *, n: int, top_logprobs: int | None, seed_calls: bool) -> C
     if not hasattr(made, "ainvoke"):
         return lambda prompt, _: made(prompt)
     step_model = StepModel(made, top_logprobs=top_logprobs, action_format="native")
-    StepRequest(step_model, step_model.options, n).refuse()
+    StepRequest(step_model, step_model.options, n, policy=SamplingPolicy(), parse=as_candidate).refuse()
     if isinstance(made, BaseChatModel):  # unlike a sampling model, it keeps the texts of the tokens
         model: Any = made.model_copy(update={"cache": False, "disable_streaming": True})
         model = model.bind(**logprobs_settings(top_logprobs))

@@ -204,7 +204,8 @@ def shades(signals: TokenSignals) -> NDArray[np.int64]:
     """Shade of each token, ``(T,)``: 0 to ``LEVELS`` - 1 by entropy, ``LEVELS`` = missing."""
     unit = math.log(max(signals.n_alternatives, 2)) / 2 / LEVELS
     missing = np.isnan(signals.entropies)
-    levels = np.clip(np.nan_to_num(signals.entropies) / unit, 0, LEVELS - 1).astype(np.int64)
+    known = np.clip(np.nan_to_num(signals.entropies), 0, LEVELS * unit)
+    levels = np.minimum(known / unit, LEVELS - 1).astype(np.int64)
     return np.where(missing, LEVELS, levels)
 
 

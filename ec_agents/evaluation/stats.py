@@ -86,8 +86,8 @@ class Resampling:
         """Like ``share``, with one value per task in the order of ``names``."""
         array = np.asarray(values, dtype=np.float64)
         known = np.isfinite(array)
-        found = self._ratio(np.where(known, array, 0.0), known.astype(np.float64))
-        return self._exact_if_equal(found, array, np.arange(len(array)))
+        estimate = self._ratio(np.where(known, array, 0.0), known.astype(np.float64))
+        return self._exact_if_equal(estimate, array, np.arange(len(array)))
 
     def per_task(self, values: ArrayLike) -> Floats:
         """Mean of each task's values, in the order of ``names``."""

@@ -77,9 +77,8 @@ def test_a_trace_gives_the_rows_of_its_steps(tmp_path: Path):
     assert rows[2]["centroid"] is None
 
 
-def test_where_nothing_can_be_scored_nothing_is_chosen_and_nothing_is_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_nothing_to_score(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Where nothing can be scored, nothing is chosen and nothing is logged."""
     with caplog.at_level(logging.DEBUG):
         rows = list(score_rows(saved(tmp_path / "r.jsonl", response(None, None)), ["centroid", "majority"]))
     assert [(row["chosen"], row["centroid"], row["flaws"]) for row in rows] == [(False, None, "no_signal")] * 2
@@ -125,6 +124,23 @@ def test_hostile_texts_stay_in_their_cell(tmp_path: Path):
     write_rows(score_rows(path), DEFAULT_SCORERS, out, "table")
     assert "\x1b" not in out.getvalue()
     assert len(out.getvalue().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+1", "-1+cmd|' /C calc'!A0", "@SUM(A1)", "\t=1", " =1", "\r=1", "plain", "a=1"]
+)
+def test_csv_is_safe_in_spreadsheets(tmp_path: Path, text: str):
+    """A text that a spreadsheet would evaluate begins with an apostrophe; numbers stay numbers."""
+    path = tmp_path / "t.jsonl"
+    with TraceWriter(path) as trace:
+        trace.write(Step(run=text, candidates=response_candidates(response("!..", ".!.")), failures={2: text}))
+    write_file(tmp_path / "s.csv", score_rows(path, ["mean-logprob"]), ["mean-logprob"])
+    with (tmp_path / "s.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    safe = text if text in {"plain", "a=1"} else f"'{text}".replace("\r", "\n")
+    assert [row["run"] for row in rows] == [safe] * 3
+    assert rows[2]["flaws"] == safe
+    assert float(rows[0]["mean-logprob"]) < 0
 
 
 # The command

@@ -99,7 +99,8 @@ def test_the_paired_test_is_exact_for_few_tasks(differences: list[int]):
     assert stats.paired_p(differences, np.random.default_rng(0)) == pytest.approx(expected)
 
 
-def test_the_paired_test_finds_a_difference_in_many_tasks_and_none_in_noise():
+def test_paired_test():
+    """It finds a difference in many tasks and none in noise."""
     rng = np.random.default_rng(0)
     assert stats.paired_p(rng.normal(0.5, 1, 200), rng) < 0.001
     assert stats.paired_p(rng.normal(0, 1, 200), rng) > 0.05
@@ -218,7 +219,8 @@ def test_agreement_with_what_was_recorded():
     assert (found.row("entropy").agreement, found.row("first").agreement) == (1.0, 0.0)
 
 
-def test_baselines_are_chosen_and_a_baseline_is_compared_with_those_before_it():
+def test_baselines():
+    """Baselines can be chosen; each is compared with those before it."""
     graded = noise(10, 4, np.random.default_rng(0))
     found = evaluate(graded, {"entropy": SIZE, "other": SIZE}, baselines=("first", "majority", "entropy"), resamples=20)
     assert found.baselines == ("first", "majority", "entropy")
@@ -380,9 +382,29 @@ def test_whole_runs_are_compared_task_by_task():
     assert [r.selector for r in found.rows] == ["random", "first", "centroid"]
 
 
+def test_notes_warn_of_a_misleading_table():
+    """A wrong checker, equal answers, and votes over answers that all differ are said in words; else nothing is."""
+
+    def notes(right: list[bool], texts: list[str]) -> tuple[str, ...]:
+        return table([draw(f"t{i}", right, [0.1, 0.2, 0.3], texts=texts) for i in range(4)]).notes
+
+    assert notes([True, False, False], ["4", "4", "5"]) == ()
+    [wrong] = notes([False] * 3, ["4", "4", "5"])
+    assert "look at your checker" in wrong
+    [equal] = notes([True] * 3, ["4", "4", "4"])
+    assert "All answers to a task are equal in 4 of 4 steps" in equal
+    [distinct] = notes([True, False, False], ["4", "5", "6"])
+    assert "votes such as majority mean nothing here" in distinct
+    runs = [RunOutcome(task=str(i), selector="first", right=False) for i in range(3)]
+    assert len(evaluate_runs(runs).notes) == 1
+    assert evaluate_runs([replace(runs[0], right=True), *runs[1:]]).notes == ()
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
+        ("c.csv", 'run,candidate,right\n"a",0,true\na,1,0\n"x\u2028\u0085y",1,0\n'),
+        ("c.jsonl", '{"run": "a\u2028", "right": 1}\n{"run": "a", "right": 0}\n{"run":"a","candidate":0,"right":1}'),
         ("a.csv", "run,candidate,right\na,0,true\na,1,0\n"),
         ("a.jsonl", '{"run": "a", "candidate": 0, "right": true}\n{"run": "a", "candidate": 1, "right": "wrong"}\n'),
         ("b.jsonl", '{"run": "a", "step": 0, "candidate": 0, "right": 1}\n{"run": "a", "right": false}\n'),

@@ -4,6 +4,8 @@ import html
 import json
 import math
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from helpers.candidates import candidate, signals
 from hypothesis import given, strategies as st
 
 from ec_agents.candidates import Candidate, Step
-from ec_agents.errors import ConfigError
+from ec_agents.errors import ConfigError, TraceError
 from ec_agents.evaluation import charts
 from ec_agents.evaluation.comparison import evaluate, evaluate_runs
 from ec_agents.evaluation.html import explain, script_json, shades, timing, write_evaluation_report, write_trace_report
@@ -122,6 +124,53 @@ def test_json_in_a_script_says_the_same_and_cannot_end_it(data: Any):
     text = script_json(data)
     assert json.loads(text) == data
     assert not re.search("[<>&\u2028\u2029]", text)
+
+
+def test_no_number_that_browsers_refuse(tmp_path: Path):
+    """NaN and infinite numbers anywhere in a trace are null in the page."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    odd = [math.nan, math.inf, -math.inf]
+    drawn = [
+        Candidate(
+            index=i, content="x", signals=signals([x, 1.0]), seconds=x, tool_calls=[{"name": "f", "args": {"x": x}}]
+        )
+        for i, x in enumerate(odd)
+    ]
+    chosen = select([candidate(i, [0.1]) for i in range(3)])
+    chosen = replace(chosen, scores=dict(enumerate(odd)), margin=math.nan)
+    step = Step(run="a", candidates=drawn, selection=chosen, seconds=math.nan, info={"tokens": {"0": 5, "x": {}}})
+    write_trace_report([step], tmp_path / "a.html")
+    text = (tmp_path / "a.html").read_text(encoding="utf-8")
+    [data] = re.findall(r'<script type="application/json">(.*?)</script>', text)
+    assert len(json.loads(data, parse_constant=refuse)["candidates"]) == 3
+    assert json.loads(script_json({"a": odd, 1: (math.nan,)}), parse_constant=refuse) == {"a": [None] * 3, "1": [None]}
+
+
+def test_a_report_that_fails_leaves_the_old_one(tmp_path: Path):
+    def steps() -> Iterator[Step]:
+        yield hostile_step("a")
+        raise TraceError("torn", "t.jsonl")
+
+    (tmp_path / "a.html").write_text("precious")
+    with pytest.raises(TraceError, match="torn"):
+        write_trace_report(steps(), tmp_path / "a.html")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_charts_show_the_same_in_pages_and_plots():
+    """Both draw these lines: the references, then the first selectors."""
+    found = an_evaluation()
+    by_n, by_tokens = charts.accuracy_by_n(found), charts.gain_by_tokens(found)
+    assert by_n is not None
+    assert by_tokens is not None
+    assert [s.name for s in by_n.series] == ["oracle", "majority", "random", "centroid", "mean-entropy"]
+    assert [s.name for s in by_tokens.series] == ["oracle", "majority", "centroid", "mean-entropy"]
+    assert dict(by_n.series[3].points) == found.row("centroid").curve
+    runs = [RunOutcome(task=str(i), selector="first", right=True) for i in range(4)]
+    assert charts.accuracy_by_n(evaluate_runs(runs)) is None
 
 
 def test_a_lone_surrogate_does_not_stop_a_report(tmp_path: Path):

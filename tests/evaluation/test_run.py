@@ -18,15 +18,15 @@ from langchain_core.exceptions import ContextOverflowError
 from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.candidates import Candidate, Step
 from ec_agents.cli.main import main
-from ec_agents.embedded import make_tasks
-from ec_agents.errors import ConfigError, SamplingError
+from ec_agents.embedded import EmbeddedChatModel, make_tasks
+from ec_agents.errors import ConfigError, SamplingError, TraceError, UnsupportedLogprobs, WriteError
 from ec_agents.evaluation.factories import embedded_agent, embedded_model, seed_of
 from ec_agents.evaluation.run import ERRORS_AT_FIRST, EvalRun, Progress, usage
 from ec_agents.evaluation.settings import EvalSettings
 from ec_agents.evaluation.store import OUTCOMES, SETTINGS, TRACE, OutcomeLine, read_outcome_lines, write_outcome_line
 from ec_agents.evaluation.table import load_evaluation
 from ec_agents.evaluation.tasks import EvalTask, check_embedded, check_exact, check_math, checker, read_tasks
-from ec_agents.scoring import CentroidScorer, FirstScorer
+from ec_agents.scoring import CentroidScorer, FirstScorer, RandomScorer
 from ec_agents.selection import Selector
 from ec_agents.testing import Reply, ScriptedChatModel, profile_logprobs
 from ec_agents.trace import read_steps
@@ -167,9 +167,11 @@ async def test_whole_runs_of_an_agent_are_graded_for_each_selector(tmp_path: Pat
     assert found.row("centroid").tokens == 40
 
 
-async def test_an_agent_that_does_not_end_is_wrong_and_one_that_cannot_be_reached_is_an_error(
+async def test_unending_and_unreachable_agents(
     tmp_path: Path,
 ):
+    """An agent that does not end is wrong; one that cannot be reached is an error."""
+
     def calc(expression: str) -> str:
         """Calculate."""
         return "again"
@@ -333,6 +335,80 @@ async def test_other_settings_are_refused(tmp_path: Path):
     assert json.loads((tmp_path / SETTINGS).read_text())["n"] == 2
 
 
+async def test_damaged_settings(tmp_path: Path):
+    await an_evaluation(tmp_path, answering("yes", "no")).run()
+    (tmp_path / SETTINGS).write_text("")
+    with pytest.raises(ConfigError, match="settings.json is damaged"):
+        await an_evaluation(tmp_path, answering()).run()
+
+
+async def test_files_of_runs_are_private(tmp_path: Path):
+    """Answers, prompts and states can be read by their owner only."""
+
+    def factory(*, n: int, selector: Selector) -> Any:
+        return create_centroid_agent(ScriptedChatModel(replies=[Reply(content="yes")] * n), n=n, selector=selector)
+
+    for out, made in ((tmp_path / "steps", answering("yes", "no")), (tmp_path / "runs", factory)):
+        run = an_evaluation(out, made)
+        await run.run()
+        run.evaluation(resamples=10).save(out / "evaluation.json")
+        modes = {path.name: path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()}
+        assert {SETTINGS, OUTCOMES, TRACE, "evaluation.json"} <= modes.keys()
+        assert set(modes.values()) == {0o600}, modes
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_temperature_0_is_refused_as_in_the_graph(tmp_path: Path, n: int):
+    """N equal answers are not paid for; one answer is fine."""
+    tasks = read_tasks("plain", limit=1)[0]
+    made = lambda: EmbeddedChatModel(temperature=0)  # noqa: E731
+    run = an_evaluation(tmp_path, made, n=n, tasks=tasks, check=check_embedded)
+    if n == 1:
+        await run.run()
+    else:
+        with pytest.raises(ConfigError, match="temperature is 0"):
+            await run.run()
+        assert not list(read_outcome_lines(tmp_path))
+
+
+@pytest.mark.parametrize("error", [TraceError("full", "t"), WriteError("full", "o"), UnsupportedLogprobs("none")])
+async def test_errors_that_every_run_would_meet_end_it(tmp_path: Path, error: Exception):
+    asked: list[str] = []
+
+    def factory() -> Any:
+        asked.append("")
+        raise error
+
+    with pytest.raises(type(error)):
+        await an_evaluation(tmp_path, factory, count=20, concurrency=1).run()
+    assert len(asked) == 1
+
+
+async def test_the_random_selector_obeys_the_seed(tmp_path: Path):
+    """Two equal evaluations of an agent choose the same at random, run by run; another seed chooses otherwise."""
+
+    def chosen(out: Path) -> list[tuple[str | None, int]]:
+        return sorted((s.task, s.selection.chosen) for s in read_steps(out / TRACE) if s.selection is not None)
+
+    def factory(*, n: int, selector: Selector) -> Any:
+        replies = [Reply(content=f"answer {i}") for i in range(n)]
+        return create_centroid_agent(ScriptedChatModel(replies=replies), n=n, selector=selector)
+
+    found = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run = an_evaluation(
+            tmp_path / name,
+            factory,
+            count=12,
+            settings=EvalSettings(tasks="file", agent="mine", n=4, seed=seed),
+            selectors={"random": Selector(scorer=RandomScorer())},
+        )
+        await run.run()
+        found[name] = chosen(tmp_path / name)
+    assert found["a"] == found["b"] != found["c"]
+    assert len({choice for _, choice in found["a"]}) > 1
+
+
 async def test_two_processes_do_not_share_a_directory(tmp_path: Path):
     inside, outside = asyncio.Event(), asyncio.Event()
 
@@ -461,7 +537,13 @@ def test_the_command_evaluates_an_agent_and_a_trace(
         (["solve", "--agent", "mine"], "ConfigError: --agent must be module:name; found 'mine'"),
         (["solve", "--agent", "mine:nobody"], "ConfigError: --agent 'mine:nobody' cannot be loaded"),
         (["solve", "--selector", "centriod"], "ConfigError: no scorer is called 'centriod'"),
-        (["solve", "--limit", "1", "--n", "1", "--prices", "1"], "ConfigError: --prices must be two numbers"),
+        (["tasks.jsonl", "--agent", "mine:broken", "--prices", "1"], "ConfigError: --prices must be two numbers"),
+        (["tasks.jsonl", "--agent", "mine:broken", "--prices", "-1,nan"], "ConfigError: --prices must be two numbers"),
+        (["solve", "--limit", "2", "--tune", "centroid,shortest"], "ConfigError: --tune needs 5 tasks or more"),
+        (
+            ["tasks.jsonl", "--agent", "mine:broken", "--n", "1", "--limit", "1"],
+            "SamplingError: all 1 runs ended in an",
+        ),
         (["play", "--tune", "centroid,shortest"], "ConfigError: --tune needs one-step tasks"),
         (
             ["tasks.jsonl", "--agent", "mine:broken", "--n", "1"],
@@ -474,6 +556,17 @@ def test_wrong_use_of_the_command_is_one_line(command: Callable[..., None], argu
         command("eval", *arguments, "--out", "run")
     assert str(ended.value.code).startswith(message)
     assert "\n" not in str(ended.value.code)
+
+
+def test_lines_end_at_line_feeds(tmp_path: Path):
+    """Separators that Python's splitlines knows and JSON does not are part of a text, in tasks and in outcomes."""
+    text = "a\u2028b\u2029c\x85d\x0c"
+    path = tmp_path / "tasks.jsonl"
+    lines = [json.dumps({"id": name, "prompt": text.strip("\x0c")}, ensure_ascii=False) for name in (text[:-1], "b")]
+    path.write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    assert [task.id for task in read_tasks(str(path))[0]] == [text[:-1], "b"]
+    write_outcome_line(tmp_path, OutcomeLine(run=text, task=text, trial=0, right=True))
+    assert [outcome.run for _, outcome in read_outcome_lines(tmp_path)] == [text]
 
 
 def test_tasks_of_a_file(tmp_path: Path):
