@@ -14,7 +14,7 @@ EcAgentsError
 ├── SamplingError                     fewer than min_candidates succeeded; .failures holds each
 ├── FailedCall                        a failed call of a step, as read back from a checkpoint
 ├── SelectionError                    nothing could be scored and the policy is to raise
-├── StateError                        a checkpoint holds candidates that this version cannot read
+├── StateError                        a checkpoint holds candidates that this version cannot read, or a journal fails
 ├── TraceError                        a trace cannot be read or written; .path, .line
 └── WriteError                        another file cannot be written; .path
 ```
@@ -95,7 +95,7 @@ class SelectionError(EcAgentsError):
 
 
 class StateError(EcAgentsError):
-    """A checkpoint holds candidates that this version cannot read."""
+    """A checkpoint holds candidates that this version cannot read, or the journal of ``once`` fails."""
 
 
 class TraceError(EcAgentsError):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Event
 from typing import Annotated, Any, ClassVar
 
 import pytest
@@ -378,6 +378,33 @@ def test_the_journal_is_not_part_of_the_history_and_goes_with_the_thread():
     assert [ns for ns in saver.storage["1"] if ns.startswith(journal.NAMESPACE)]
     saver.delete_thread("1")
     assert "1" not in saver.storage
+
+
+def test_the_call_is_in_a_checkpoint_before_it_is_made():
+    """With ``durability="async"``, LangGraph writes the checkpoint while the tool runs; a kill would lose the call."""
+
+    class Late(InMemorySaver):
+        looked_for: ClassVar = Event()
+        written: ClassVar = Event()
+
+        def put(self, config: Any, checkpoint: Any, metadata: Any, new_versions: Any) -> Any:
+            if config["configurable"]["checkpoint_ns"] or metadata["step"] < 1:
+                return super().put(config, checkpoint, metadata, new_versions)
+            assert self.looked_for.wait(30)
+            done = super().put(config, checkpoint, metadata, new_versions)
+            self.written.set()
+            return done
+
+        def get_tuple(self, config: Any) -> Any:
+            found = super().get_tuple(config)
+            if found is None and config["configurable"].get("checkpoint_id"):
+                self.looked_for.set()
+            return found
+
+    held: list[bool] = []
+    till = Till.new(before=lambda _: held.append(Late.written.is_set()) or Late.looked_for.set())
+    wired([till.tool()], PAY, checkpointer=Late()).invoke(ASK, THREAD, durability="async")
+    assert held == [True]
 
 
 # Errors
