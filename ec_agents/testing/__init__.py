@@ -1,4 +1,4 @@
-"""For tests of one's own agents: a chat model that answers from a script, and a server with every fault on order."""
+"""Test helpers for agents: a scripted chat model, and a server with fault injection."""
 
 from ec_agents.testing.faults import FAULTS as FAULTS, Fault as Fault
 from ec_agents.testing.scripted import (

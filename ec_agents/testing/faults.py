@@ -1,4 +1,4 @@
-"""Every way in which a server can answer badly, by name."""
+"""Faults of a server, by name."""
 
 import json
 import math
@@ -17,31 +17,31 @@ def _same(data: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One way to answer badly: when, with which status, and with what in place of the response."""
+    """One fault: when, with which status, and what replaces the response."""
 
     about: str
     """What goes wrong."""
     delay: float = 0.0
-    """Seconds before anything is sent; ``math.inf`` never answers."""
+    """Seconds before anything is sent; with ``math.inf`` nothing ever is."""
     jitter: float = 0.0
-    """Most seconds added to the delay, drawn uniformly."""
+    """Most seconds added to the delay, chosen uniformly."""
     status: int = 200
-    """HTTP status; from 400 on, an error in OpenAI's form takes the place of the response."""
+    """HTTP status; from 400 on, an error in OpenAI's form replaces the response."""
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     """Headers besides the usual ones."""
     content_type: str = "application/json"
-    """What the body is said to be."""
+    """The ``Content-Type`` header."""
     payload: Callable[[Json], Any] = _same
     """Changes the response before it becomes JSON."""
     body: Callable[[bytes], bytes] = _same
     """Changes the bytes of the body."""
     sent: float = 1.0
-    """Share of the body that is sent before the connection breaks off."""
+    """Share of the body sent before the connection is closed."""
     stalls: bool = False
-    """Whether it stays open instead, with nothing more to come."""
+    """Whether the connection stays open instead, with nothing more sent."""
 
     def spoil(self, response: Any) -> bytes:
-        """The body that is sent in place of a response; the response stays as it is."""
+        """Return the body to send instead of a response, which is not changed."""
         changed = response if self.payload is _same else self.payload(deepcopy(response))
         return self.body(json.dumps(changed, separators=(",", ":")).encode())
 
@@ -51,7 +51,7 @@ NO_FAULT = Fault(about="nothing")
 
 
 def _choices(change: Callable[[Json], Any]) -> Callable[[Json], Json]:
-    """Changes every choice of a response."""
+    """Return a change of every choice of a response."""
 
     def payload(response: Json) -> Json:
         for choice in response["choices"]:
@@ -62,7 +62,7 @@ def _choices(change: Callable[[Json], Any]) -> Callable[[Json], Json]:
 
 
 def _tokens(change: Callable[[Json], Any]) -> Callable[[Json], Json]:
-    """Changes every token of every choice that has any."""
+    """Return a change of every token of every choice."""
 
     def payload(choice: Json) -> None:
         for token in (choice["logprobs"] or {"content": ()})["content"]:
@@ -125,7 +125,7 @@ FAULTS: Mapping[str, Fault] = MappingProxyType(
         "latency": Fault(about="a slow answer", delay=0.1),
         "jitter": Fault(about="answers in any order", jitter=0.1),
         "straggler": Fault(about="an answer long after the others", delay=1.0),
-        "hang": Fault(about="no answer, ever", delay=math.inf),
+        "hang": Fault(about="no answer", delay=math.inf),
         "status_429": Fault(about="rate limit", status=429),
         "retry_after": Fault(about="rate limit, with the time to wait", status=429, headers={"Retry-After": "1"}),
         "status_500": Fault(about="internal error", status=500),
@@ -134,9 +134,9 @@ FAULTS: Mapping[str, Fault] = MappingProxyType(
         "stall": Fault(about="the body stops in the middle, and the connection stays open", sent=0.5, stalls=True),
         "truncated_json": Fault(about="the body ends in the middle", body=lambda body: body[: len(body) // 2]),
         "html_page": Fault(about="a page instead of JSON", content_type="text/html", body=lambda _: _HTML),
-        "wrong_content_type": Fault(about="JSON that is said to be text", content_type="text/plain"),
+        "wrong_content_type": Fault(about="JSON declared as text", content_type="text/plain"),
         "invalid_utf8": Fault(
-            about="bytes that are no text", body=lambda body: body.replace(b"assistant", b"\xff\xfe")
+            about="bytes that are not text", body=lambda body: body.replace(b"assistant", b"\xff\xfe")
         ),
         "big_body": Fault(about="a body of 20 MB", body=inflated(20_000_000)),
         "empty_choices": Fault(about="no choices", payload=lambda response: {**response, "choices": []}),

@@ -13,7 +13,7 @@ from langchain_core.messages import AIMessage, BaseMessage, ToolCall
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables import Runnable
 from langchain_core.utils.function_calling import convert_to_openai_tool
-from pydantic import Field, PrivateAttr
+from pydantic import ConfigDict, Field, PrivateAttr
 
 _SURE = [math.log(0.97), math.log(0.01), math.log(0.01), math.log(0.01)]
 _UNSURE = [math.log(0.25)] * 4
@@ -28,7 +28,7 @@ class Reply:
     tool_calls: Sequence[tuple[str, Mapping[str, Any]]] = ()
     """Name and arguments of each tool call."""
     profile: str | None = "!..."
-    """One character a token: ``!`` uncertain, anything else confident. None: no log-probabilities at all."""
+    """One character per token: ``!`` uncertain, anything else confident. None: no log-probabilities."""
     finish_reason: str | None = None
     """By default ``tool_calls`` or ``stop``."""
     delay: float = 0.0
@@ -63,13 +63,15 @@ def _entry(logprobs: Sequence[float]) -> dict[str, Any]:
 
 
 class ScriptedChatModel(BaseChatModel):
-    """A chat model that gives the replies of a script in turn, one a call, and keeps what it was asked.
+    """A chat model that gives the replies of a script in turn, one per call, and records what it was asked.
 
     Example:
         >>> from ec_agents.testing import Reply, ScriptedChatModel
         >>> ScriptedChatModel(replies=[Reply(content="hello")]).invoke("hi").content
         'hello'
     """
+
+    model_config = ConfigDict(extra="forbid")
 
     replies: Sequence[Reply] = Field(default_factory=list[Reply])
     """The script. A call beyond its end raises ``IndexError``."""
@@ -93,7 +95,7 @@ class ScriptedChatModel(BaseChatModel):
     def _next(self, messages: list[BaseMessage], options: dict[str, Any]) -> Reply:
         self._requests.append((messages, options))
         if len(self._requests) > len(self.replies):
-            raise IndexError(f"the script has {len(self.replies)} replies; call {len(self._requests)} came")
+            raise IndexError(f"the script has {len(self.replies)} replies; this is call {len(self._requests)}")
         return self.replies[len(self._requests) - 1]
 
     def _generate(

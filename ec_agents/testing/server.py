@@ -1,6 +1,7 @@
 """A local OpenAI-compatible server that can fail in every way that real ones do."""
 
 import asyncio
+import json
 import math
 import random
 import threading
@@ -22,19 +23,20 @@ _HELLO = Reply(content="hello")
 
 
 class FaultServer:
-    """An OpenAI-compatible server on 127.0.0.1, in a thread of its own: ``/v1/chat/completions`` and ``/v1/models``.
+    """An OpenAI-compatible server on 127.0.0.1 in its own thread: ``/v1/chat/completions`` and ``/v1/models``.
 
-    Log-probabilities come only if they are asked for, and as many alternatives as are asked for.
+    Any path ending in ``chat/completions`` is served, so Azure's clients work too. Log-probabilities are sent only if
+    requested, with as many alternatives as requested. With ``stream`` the response is sent as server-sent events.
 
     Args:
-        source: What it answers: replies of a script in turn, again and again; a chat model, for example
+        source: What to answer: the replies of a script in turn, repeatedly; a chat model, for example
             ``EmbeddedChatModel()``; one response as it is; or a function from request to a reply or response.
-        faults: Which fault each request meets, in the order in which requests arrive, again and again: a name in
-            ``FAULTS``, a ``Fault``, or None. With ``n`` > 1 a fault meets all choices.
+        faults: The fault of each request, in order of arrival, repeatedly: a name in ``FAULTS``, a ``Fault``, or None.
+            With ``n`` > 1 a fault affects all choices.
         latency: Seconds before every answer.
 
     Raises:
-        ConfigError: There is no fault of that name, or no reply.
+        ConfigError: No fault has that name, or the script is empty.
         ImportError: aiohttp, the extra ``testing``, is not installed.
 
     Example:
@@ -55,13 +57,13 @@ class FaultServer:
         latency: float = 0.0,
     ) -> None:
         self.requests: list[Json] = []
-        """Bodies of the requests so far, in the order in which they arrived."""
+        """Bodies of the requests so far, in order of arrival."""
         self.headers: list[dict[str, str]] = []
         """Their headers, names in lower case."""
         self.abandoned = 0
-        """How many requests were given up by the client before they were answered."""
+        """Requests that the client gave up before they were answered."""
         self.in_flight = 0
-        """Requests that are being answered now."""
+        """Requests being answered now."""
         self._web: Any = _aiohttp_web()
         self._runner: Any = None
         self._complete = _source(source)
@@ -74,16 +76,16 @@ class FaultServer:
 
     @property
     def base_url(self) -> str:
-        """What to give a client as base URL."""
+        """Base URL for a client."""
         return f"http://127.0.0.1:{self._runner.addresses[0][1]}/v1"
 
     @property
     def connections(self) -> int:
-        """How many connections are open now."""
+        """Number of open connections."""
         return len(self._runner.server.connections)
 
     def __enter__(self) -> Self:
-        """Start; returns once requests are answered."""
+        """Start; returns once the server accepts requests."""
         self._thread.start()
         self._started.result()
         return self
@@ -91,7 +93,7 @@ class FaultServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop; what is still being answered is broken off."""
+        """Stop; requests under way are broken off."""
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 
@@ -140,10 +142,12 @@ class FaultServer:
         except Exception as error:  # noqa: BLE001 - a server answers with what went wrong
             status = 400 if isinstance(error, ValueError) else 500
             return await self._send(request, _error(status, str(error)), replace(NO_FAULT, status=status))
-        return await self._send(request, payload, fault)
+        return await self._send(request, payload, fault, streams=bool(asked.get("stream")))
 
-    async def _send(self, request: Any, payload: Any, fault: Fault) -> Any:
+    async def _send(self, request: Any, payload: Any, fault: Fault, *, streams: bool = False) -> Any:
         body = fault.spoil(payload)
+        if streams and (events := _events(body)) is not None:
+            body, fault = events, replace(fault, content_type="text/event-stream")
         if fault.sent < 1.0:
             return await self._break_off(request, body, fault)
         options = {"status": fault.status, "content_type": fault.content_type, "headers": fault.headers}
@@ -160,6 +164,37 @@ class FaultServer:
         return response
 
 
+def _events(body: bytes) -> bytes | None:
+    """A response as server-sent events: per choice its role, its message in one piece, and why it ended; then usage.
+
+    None if the body is not a response, as after some faults: then it is sent as it is.
+    """
+    try:
+        response: Json = json.loads(body)
+        deltas = [chunk for choice in response["choices"] for chunk in _deltas(choice)]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    shared = {**response, "object": "chat.completion.chunk", "usage": None}
+    chunks: list[Json] = [{**shared, "choices": [delta]} for delta in deltas]
+    chunks.append({**shared, "choices": [], "usage": response.get("usage")})
+    lines = [f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n" for chunk in chunks]
+    return "".join([*lines, "data: [DONE]\n\n"]).encode()
+
+
+def _deltas(choice: Json) -> list[Json]:
+    """A choice as the choices of three chunks."""
+    message: Json = dict(choice["message"])
+    calls: list[Json] = message.get("tool_calls") or []
+    if calls:
+        message["tool_calls"] = [{"index": number, **call} for number, call in enumerate(calls)]
+    shared = {"index": choice.get("index", 0), "logprobs": None, "finish_reason": None}
+    return [
+        {**shared, "delta": {"role": message.pop("role", "assistant"), "content": ""}},
+        {**shared, "delta": message, "logprobs": choice.get("logprobs")},
+        {**shared, "delta": {}, "finish_reason": choice.get("finish_reason")},
+    ]
+
+
 def _error(status: int, message: str) -> Json:
     return {"error": {"message": message, "type": "server_error", "code": status}}
 
@@ -173,7 +208,7 @@ def _aiohttp_web() -> Any:
 
 
 def _source(source: Any) -> Callable[[Json], Awaitable[Any]]:
-    """What answers a request, from any of the forms that a user may give."""
+    """Return the function that answers a request, from any accepted form of ``source``."""
     if isinstance(source, BaseChatModel):
         return _from_model(source)
     if isinstance(source, Mapping):
@@ -182,7 +217,7 @@ def _source(source: Any) -> Callable[[Json], Awaitable[Any]]:
     if callable(source):
         return _from_function(source)
     if not source:
-        raise ConfigError("the script of the server must have a reply; found none")
+        raise ConfigError("the script of the server must have at least one reply; found none")
     script = cycle(source)
     return _from_messages(lambda _: _play(next(script)))
 
@@ -191,7 +226,7 @@ def _fault(fault: str | Fault | None) -> Fault:
     if not isinstance(fault, str):
         return fault or NO_FAULT
     if fault not in FAULTS:
-        raise ConfigError(f"there is no fault {fault!r}; known: {', '.join(FAULTS)}")
+        raise ConfigError(f"unknown fault {fault!r}; known: {', '.join(FAULTS)}")
     return FAULTS[fault]
 
 

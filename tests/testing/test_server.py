@@ -1,4 +1,4 @@
-"""The server: what it answers, what it does wrong on order, and what it counts."""
+"""The server: what it answers, its faults, and what it counts."""
 
 import asyncio
 import json
@@ -9,11 +9,13 @@ import aiohttp
 import openai
 import pytest
 from helpers.waiting import until
+from langchain_openai import ChatOpenAI
+from pydantic import ValidationError
 
 from ec_agents.embedded import EmbeddedChatModel
 from ec_agents.errors import ConfigError
 from ec_agents.logprobs import response_candidates
-from ec_agents.testing import FAULTS, Fault, FaultServer, Reply
+from ec_agents.testing import FAULTS, Fault, FaultServer, Reply, ScriptedChatModel
 
 ASK: dict[str, Any] = {"model": "any", "messages": [{"role": "user", "content": "hi"}]}
 MEASURED: dict[str, Any] = {**ASK, "logprobs": True, "top_logprobs": 3}
@@ -202,7 +204,63 @@ def test_faults_of_ones_own():
 
 
 def test_wrong_orders_are_refused():
-    with pytest.raises(ConfigError, match="there is no fault 'hangs'; known: latency, jitter"):
+    with pytest.raises(ConfigError, match="unknown fault 'hangs'; known: latency, jitter"):
         FaultServer(faults=["hangs"])
     with pytest.raises(ConfigError, match="the script of the server must have a reply; found none"):
         FaultServer([])
+
+
+# Streams
+
+
+def streamed(server: FaultServer, **fields: Any) -> tuple[Any, Any]:
+    """What LangChain's own client gathers from a stream, and what it gets in one piece."""
+    model: Any = ChatOpenAI(model="any", base_url=server.base_url, api_key="none", max_retries=0, **fields)  # type: ignore[arg-type]
+    chunks = list(model.bind(logprobs=True, top_logprobs=2).stream("hi"))
+    whole = chunks[0]
+    for chunk in chunks[1:]:
+        whole += chunk
+    return whole, model.bind(logprobs=True, top_logprobs=2).invoke("hi")
+
+
+@pytest.mark.parametrize(
+    "reply", [Reply(content="hello"), Reply(tool_calls=[("add", {"a": 1}), ("add", {"a": 2})]), Reply(profile=None)]
+)
+def test_a_streaming_client_gets_what_another_one_gets(reply: Reply):
+    with FaultServer([reply]) as server:
+        whole, expected = streamed(server)
+        assert (whole.text, whole.tool_calls) == (expected.text, expected.tool_calls)
+        assert whole.response_metadata["finish_reason"] == expected.response_metadata["finish_reason"]
+        assert whole.usage_metadata["output_tokens"] == expected.usage_metadata["output_tokens"]
+        found, wanted = (message.response_metadata.get("logprobs") or {} for message in (whole, expected))
+        assert found.get("content") == wanted.get("content")
+
+
+def test_a_stream_has_every_choice_and_ends_with_done():
+    with FaultServer([Reply(content="a"), Reply(content="b")]) as server:
+        with openai.OpenAI(base_url=server.base_url, api_key="none") as client:
+            asked: Any = {"model": "any", "messages": [{"role": "user", "content": "hi"}], "n": 2, "stream": True}
+            chunks = list(client.chat.completions.create(**asked))
+        texts = {choice.index: choice.delta.content for c in chunks for choice in c.choices if choice.delta.content}
+        assert texts == {0: "a", 1: "b"}
+        assert chunks[-1].usage is not None
+
+
+@pytest.mark.parametrize("fault", ["status_500", "disconnect", "truncated_json", "empty_choices", "html_page"])
+def test_faults_affect_streams(fault: str):
+    with FaultServer([Reply(content="hello")], faults=[fault]) as server, pytest.raises(Exception) as caught:  # noqa: PT011 - as the client raises it
+        streamed(server)
+    assert not isinstance(caught.value, AssertionError)
+
+
+def test_paths_of_azure_are_served():
+    with FaultServer([Reply(content="hello")]) as server:
+        options: Any = {"base_url": server.base_url, "api_version": "1", "api_key": "none"}
+        with openai.AzureOpenAI(**options) as client:
+            found = client.chat.completions.create(model="mine", messages=[{"role": "user", "content": "hi"}])
+        assert found.choices[0].message.content == "hello"
+
+
+def test_a_misspelt_argument_of_the_scripted_model_is_refused():
+    with pytest.raises(ValidationError, match="reply"):
+        ScriptedChatModel(reply=[Reply()])  # type: ignore[call-arg]
