@@ -7,7 +7,7 @@ the verdict is remembered.
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +29,10 @@ _CERTAIN = 1e-6
 """Nats; the entropy of a token whose alternatives are all impossible is at most this."""
 _BELIEVED = 600.0
 """Seconds."""
+CONCORDANT = 3
+"""Responses that have to agree before it is believed that something cannot be measured."""
+_BY_CHANCE = 1e-4
+"""Probability below which equal responses are not taken for chance."""
 _MANY = 20
 """Tokens; fewer say nothing about a distribution."""
 
@@ -102,6 +106,8 @@ class Verdict:
     """Most alternatives of a token."""
     tool_tokens: Covered
     """Whether the tokens of tool calls are covered."""
+    answers: int = 1
+    """How many responses it rests on."""
     problems: Mapping[str, str]
     """Name of each problem → what was found: ``missing``, ``alternatives``, ``coverage``, ``sentinels``, ``sums``,
     ``identical``, ``degenerate``."""
@@ -176,7 +182,12 @@ def endpoint_of(model: object) -> Endpoint | None:
 
 
 def refuse_unsupported(
-    endpoint: Endpoint, *, top_logprobs: int, tools: bool, options: Mapping[str, Any] = MappingProxyType({})
+    endpoint: Endpoint,
+    *,
+    top_logprobs: int,
+    tools: bool,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    learned: bool = True,
 ) -> None:
     """Stop a request whose response could not be measured before it is sent.
 
@@ -185,12 +196,13 @@ def refuse_unsupported(
         top_logprobs: Alternatives that it would ask for.
         tools: Whether it would carry tools, so that the answer may be a tool call.
         options: Its other parameters.
+        learned: Whether earlier responses count, besides the table.
 
     Raises:
         UnsupportedLogprobs: It cannot work; the message names the limitation and the remedy.
     """
     known, verdict = endpoint.capabilities, verdict_on(endpoint, tools=tools)
-    if verdict is not None:
+    if verdict is not None and learned:
         _refuse_by_verdict(endpoint, verdict, tools=tools)
     if known is None:
         return
@@ -229,7 +241,7 @@ def verify(candidates: Sequence[Candidate], *, top_logprobs: int) -> Verdict | N
         "missing": None if len(measured) == len(telling) else _missing(telling),
         "alternatives": f"{k} alternatives a token, {top_logprobs} were asked for" if 0 < k < top_logprobs else None,
         "coverage": _too_little(min(coverages, default=1)) if measured else None,
-        "identical": _identical(answered),
+        "identical": identical(answered),
         "degenerate": _degenerate(measured),
         "sentinels": _sentinels(measured),
         "sums": _sums(measured),
@@ -239,32 +251,66 @@ def verify(candidates: Sequence[Candidate], *, top_logprobs: int) -> Verdict | N
         coverage=min(coverages, default=None),
         n_alternatives=k,
         tool_tokens=_tool_tokens(telling),
+        answers=sum(bool(c.tool_calls) for c in telling) or len(telling),
         problems={name: text for name, text in found.items() if text},
     )
 
 
 _verdicts: dict[tuple[str, str, bool], tuple[Verdict, float]] = {}
+_without_schemas: dict[tuple[str, str], float] = {}
 
 
 def verdict_on(endpoint: Endpoint, *, tools: bool) -> Verdict | None:
-    """What was found about an endpoint, with or without tools, if it was looked at.
+    """Return what responses showed about an endpoint, with or without tools; None if that is not known.
 
-    That something could not be measured is believed for ten minutes: a proxy may have gone to another server for once,
-    or a response was damaged.
+    That something cannot be measured is known once three responses agree and none has contradicted them, and is
+    believed for ten minutes: a response may have been damaged, or a proxy may have asked another server for once.
     """
     verdict, since = _verdicts.get((endpoint.base_url, endpoint.model, tools), (None, 0.0))
-    is_good = verdict is not None and verdict.usable and verdict.tool_tokens != "none"
-    return verdict if is_good or time.monotonic() - since < _BELIEVED else None
+    if verdict is None or is_good(verdict):
+        return verdict
+    return verdict if verdict.answers >= CONCORDANT and time.monotonic() - since < _BELIEVED else None
 
 
 def remember(endpoint: Endpoint, verdict: Verdict, *, tools: bool) -> None:
-    """Keep a verdict."""
-    _verdicts[endpoint.base_url, endpoint.model, tools] = verdict, time.monotonic()
+    """Keep a verdict. Equal bad ones add up; a contradiction withdraws the earlier one."""
+    key, now = (endpoint.base_url, endpoint.model, tools), time.monotonic()
+    before, since = _verdicts.get(key, (None, 0.0))
+    if (
+        before is not None
+        and now - since < _BELIEVED
+        and not is_good(verdict)
+        and _conclusion(before) == _conclusion(verdict)
+    ):
+        verdict = replace(verdict, answers=before.answers + verdict.answers)
+    _verdicts[key] = verdict, now
+
+
+def is_good(verdict: Verdict) -> bool:
+    """Tell whether responses can be measured, tool calls included as far as there were any."""
+    return verdict.usable and verdict.tool_tokens != "none"
+
+
+def _conclusion(verdict: Verdict) -> tuple[bool, bool]:
+    return verdict.usable, verdict.tool_tokens == "none"
+
+
+def takes_schemas(endpoint: Endpoint) -> bool:
+    """Tell whether ``response_format`` may hold a JSON schema, by the table and by what the server refused lately."""
+    known, refused = endpoint.capabilities, _without_schemas.get((endpoint.base_url, endpoint.model))
+    is_refused = refused is not None and time.monotonic() - refused < _BELIEVED
+    return not is_refused and (known is None or known.json_schema != "no")
+
+
+def remember_without_schemas(endpoint: Endpoint) -> None:
+    """Keep, for ten minutes, that a server gave no answer in the form of a JSON schema."""
+    _without_schemas[endpoint.base_url, endpoint.model] = time.monotonic()
 
 
 def forget_verdicts() -> None:
     """Forget every verdict: after a server was repaired, or between tests."""
     _verdicts.clear()
+    _without_schemas.clear()
 
 
 def complaint(endpoint: Endpoint, verdict: Verdict, *, tools: bool) -> str | None:
@@ -326,13 +372,19 @@ def _tool_tokens(candidates: Sequence[Candidate]) -> Covered:
     return "all" if whole else "partial"
 
 
-def _identical(candidates: Sequence[Candidate]) -> str | None:
-    """Many tokens in several responses and not one of them different: something fixes the seed."""
+def identical(candidates: Sequence[Candidate]) -> str | None:
+    """Explain that all responses are the same, token by token, where chance does not; None otherwise.
+
+    Equal actions after different tokens are no cause for alarm, and neither are tokens that were nearly certain.
+    """
     signals = [c.signals for c in candidates if c.signals]
-    texts = {(c.content, str(c.tool_calls and [(t["name"], t["args"]) for t in c.tool_calls])) for c in candidates}
-    if len(candidates) < 2 or len(texts) > 1 or min((s.n_tokens for s in signals), default=0) < _MANY:
+    texts = {(c.content, str([(t["name"], t["args"]) for t in c.tool_calls])) for c in candidates}
+    if len(texts) != 1 or len(candidates) < 2 or len(signals) < len(candidates):
         return None
-    if any(np.nanmean(np.exp(s.logprobs)) > 0.99 for s in signals):
+    first = signals[0].logprobs
+    if any(s.n_tokens != len(first) or not np.allclose(s.logprobs, first, atol=0.05, equal_nan=True) for s in signals):
+        return None
+    if np.nansum(first) * (len(candidates) - 1) > np.log(_BY_CHANCE):
         return None
     return f"{len(candidates)} responses are the same: a fixed seed, a cache, or a temperature near 0"
 

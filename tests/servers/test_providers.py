@@ -21,10 +21,13 @@ from ec_agents.servers.providers import (
     complaint,
     endpoint_of,
     forget_verdicts,
+    identical,
     provider_of,
     refuse_unsupported,
     remember,
+    remember_without_schemas,
     table,
+    takes_schemas,
     verdict_on,
     verify,
 )
@@ -310,19 +313,19 @@ def test_reasoning_that_the_token_limit_cut_off_shows_as_much_as_an_answer():
 
 def test_a_bad_verdict_stops_the_next_request_and_can_be_forgotten():
     where = endpoint("", base_url="http://127.0.0.1:1/v1")
-    verdict = verify([response()], top_logprobs=20)
+    verdict = verify([response(i) for i in range(3)], top_logprobs=20)
     assert verdict is not None
     remember(where, verdict, tools=False)
     assert verdict_on(where, tools=True) is None
-    with pytest.raises(UnsupportedLogprobs, match="an earlier response showed: m at http.*: 1 of 1 responses without"):
+    with pytest.raises(UnsupportedLogprobs, match="an earlier response showed: m at http.*: 3 of 3 responses without"):
         refuse_unsupported(where, top_logprobs=20, tools=False)
     forget_verdicts()
     refuse_unsupported(where, top_logprobs=20, tools=False)
 
 
 def test_that_nothing_can_be_measured_is_believed_for_a_while_only(monkeypatch: pytest.MonkeyPatch):
-    where, verdict = endpoint(""), verify([response()], top_logprobs=20)
-    calls = verify([response(call=True)], top_logprobs=20)
+    where, verdict = endpoint(""), verify([response(i) for i in range(3)], top_logprobs=20)
+    calls = verify([response(i, call=True) for i in range(3)], top_logprobs=20)
     assert verdict is not None
     assert calls is not None
     remember(where, verdict, tools=False)
@@ -338,3 +341,83 @@ def test_a_good_verdict_outweighs_the_table():
     assert verdict is not None
     remember(where, verdict, tools=True)
     refuse_unsupported(where, top_logprobs=20, tools=True)
+
+
+UNMEASURED = [response(i, call=True) for i in range(3)]
+
+
+def judged(candidates: list[Candidate]) -> Any:
+    verdict = verify(candidates, top_logprobs=20)
+    assert verdict is not None
+    return verdict
+
+
+def test_one_answer_is_no_verdict():
+    """Only concordant answers are believed, whether they come in one step or in several."""
+    where = endpoint("")
+    for count in (1, 2):
+        remember(where, judged(UNMEASURED[:1]), tools=True)
+        assert verdict_on(where, tools=True) is None, count
+    remember(where, judged(UNMEASURED[:1]), tools=True)
+    assert verdict_on(where, tools=True) is not None
+
+
+def test_answers_that_were_not_tool_calls_do_not_count_for_them():
+    where = endpoint("")
+    remember(where, judged([UNMEASURED[0], *(response(i, measured=signals()) for i in range(7))]), tools=True)
+    assert verdict_on(where, tools=True) is None
+
+
+@pytest.mark.parametrize("before", [1, 2, 3])
+def test_the_first_contradiction_withdraws_a_verdict(before: int):
+    where = endpoint("")
+    for _ in range(before):
+        remember(where, judged(UNMEASURED[:1]), tools=True)
+    measured = judged([response(call=True, measured=signals())])
+    remember(where, measured, tools=True)
+    assert verdict_on(where, tools=True) is measured
+    remember(where, judged(UNMEASURED[:2]), tools=True)
+    assert verdict_on(where, tools=True) is None
+
+
+def test_an_explicit_choice_is_not_overridden():
+    where = endpoint("")
+    remember(where, judged(UNMEASURED), tools=True)
+    with pytest.raises(UnsupportedLogprobs):
+        refuse_unsupported(where, top_logprobs=20, tools=True)
+    refuse_unsupported(where, top_logprobs=20, tools=True, learned=False)
+
+
+def test_servers_without_schemas_are_remembered_for_a_while(monkeypatch: pytest.MonkeyPatch):
+    where = endpoint("")
+    assert takes_schemas(where)
+    remember_without_schemas(where)
+    assert not takes_schemas(where)
+    monkeypatch.setattr("ec_agents.servers.providers._BELIEVED", 0.0)
+    assert takes_schemas(where)
+
+
+# Answers that are the same
+
+
+@given(st.integers(2, 64), st.integers(1, 200), st.floats(0.001, 3.0))
+def test_equal_answers_are_an_alarm_only_where_chance_cannot_explain_them(n: int, tokens: int, surprise: float):
+    same = [response(i, measured=signals(tokens, logprob=-surprise), content="same") for i in range(n)]
+    by_chance = math.exp(-float(np.float32(surprise)) * tokens * (n - 1))
+    if not 0.9e-4 < by_chance < 1.1e-4:
+        assert (identical(same) is not None) == (by_chance < 1e-4)
+
+
+def test_tool_calls_may_well_agree():
+    """Four equal calls after different reasoning, or of nearly certain tokens, are not a fixed seed."""
+    call: Any = {"content": "", "tool_calls": [{"name": "add", "args": {"a": 1}}]}
+    reasoned = [response(i, measured=signals(30 + i), **call) for i in range(4)]
+    certain = [response(i, measured=signals(logprob=-0.01), **call) for i in range(4)]
+    assert identical(reasoned) is identical(certain) is None
+    fixed = [response(i, measured=signals(logprob=-0.5), **call) for i in range(4)]
+    assert "4 responses are the same" in str(identical(fixed))
+
+
+def test_a_single_answer_and_answers_without_numbers_are_no_alarm():
+    assert identical([response(measured=signals())]) is None
+    assert identical([response(i, content="same") for i in range(4)]) is None

@@ -206,7 +206,7 @@ def test_faults_of_ones_own():
 def test_wrong_orders_are_refused():
     with pytest.raises(ConfigError, match="unknown fault 'hangs'; known: latency, jitter"):
         FaultServer(faults=["hangs"])
-    with pytest.raises(ConfigError, match="the script of the server must have a reply; found none"):
+    with pytest.raises(ConfigError, match="the script of the server must have at least one reply; found none"):
         FaultServer([])
 
 
