@@ -5,7 +5,7 @@ The graph, the middleware and the chat model all prepare their model, read its m
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel
@@ -149,6 +149,20 @@ def bound_action_problem(candidate: Candidate, tools: Sequence[Any]) -> str | No
 
 SIGNALS_KEY = "ec_signals"
 """Where ``response_metadata`` holds the packed signals, or why there are none."""
+
+
+_Model = TypeVar("_Model", bound=BaseChatModel)
+
+
+def copy_as(model: _Model, kind: type[BaseChatModel], **fields: Any) -> _Model:
+    """Copy a chat model, with other fields and as an instance of a subclass of its class.
+
+    Building the subclass anew would run the model's validators and open its clients again; pydantic forbids to set
+    ``__class__``, hence ``object.__setattr__``.
+    """
+    copy = model.model_copy(update=fields)
+    object.__setattr__(copy, "__class__", kind)
+    return copy
 
 
 class OneChunkModel(BaseChatModel):

@@ -31,7 +31,8 @@ from langgraph.constants import TAG_NOSTREAM
 
 from ec_agents.errors import ConfigError, UnsupportedLogprobs
 from ec_agents.logprobs import is_packed, pack_logprobs, token_signals
-from ec_agents.messages import SIGNALS_KEY
+from ec_agents.messages import SIGNALS_KEY, copy_as
+from ec_agents.servers.redaction import hide_secrets
 
 _STREAM_OPTIONS = {"stream", "stream_options", "stream_usage"}
 
@@ -78,8 +79,7 @@ def silent_model(
     quiet = {"tags": [*dict.fromkeys([*(found.tags or []), TAG_NOSTREAM])], "disable_streaming": True, "cache": False}
     if "streaming" in type(found).model_fields:
         quiet["streaming"] = False
-    copy = found.model_copy(update=quiet)
-    object.__setattr__(copy, "__class__", _silent(type(found)))
+    copy = copy_as(found, _silent(type(found)), **quiet)
     return copy, {name: value for name, value in bound.items() if name not in _STREAM_OPTIONS}, config
 
 
@@ -193,7 +193,8 @@ def _silent(cls: type[BaseChatModel]) -> type[BaseChatModel]:
         try:
             with _streams_hidden():
                 return _measured(generate_one(self, *args, **kwargs))
-        except TypeError as error:
+        except Exception as error:
+            hide_secrets(error, self)
             _explain(error)
             raise
 
@@ -202,7 +203,8 @@ def _silent(cls: type[BaseChatModel]) -> type[BaseChatModel]:
         try:
             with _streams_hidden():
                 return _measured(await agenerate_one(self, *args, **kwargs))
-        except TypeError as error:
+        except Exception as error:
+            hide_secrets(error, self)
             _explain(error)
             raise
 

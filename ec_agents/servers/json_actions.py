@@ -21,6 +21,7 @@ from langchain_core.utils.json_schema import dereference_refs
 
 from ec_agents.candidates import FINISHED
 from ec_agents.errors import ActionError, ConfigError
+from ec_agents.messages import copy_as
 from ec_agents.servers.providers import endpoint_of
 
 ActionFormat = Literal["native", "json", "auto"]
@@ -334,9 +335,7 @@ def acting_in_json(model: _Model) -> _Model:
     What goes in and what comes out is as with tool calls; only the request to the server differs. ``tool_choice``,
     ``parallel_tool_calls`` and a ``response_format`` for the final answer keep their meaning.
     """
-    copy = model.model_copy()
-    object.__setattr__(copy, "__class__", _acting(type(model)))
-    return copy
+    return copy_as(model, _acting(type(model)))
 
 
 class _Acting:

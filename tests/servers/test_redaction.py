@@ -9,8 +9,11 @@ import openai
 import pytest
 from langchain_core.load import dumps
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
+from langchain_openai import ChatOpenAI
+from langgraph.checkpoint.memory import InMemorySaver
 from pydantic import ValidationError
 
+from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.servers.openai_chat_model import OpenAIChatModel
 from ec_agents.servers.redaction import HIDDEN, hide_secrets, redacted, secrets_of
 from ec_agents.testing import Fault, FaultServer
@@ -102,3 +105,22 @@ def test_short_values_and_other_variables_are_no_keys(monkeypatch: pytest.Monkey
 
 def test_the_longest_key_is_replaced_first():
     assert redacted("abcdefgh-ij", sorted(["abcdefgh", "abcdefgh-ij"], key=len, reverse=True)) == HIDDEN
+
+
+def chat_openai(url: str) -> ChatOpenAI:
+    return ChatOpenAI(model="any", base_url=url, api_key=KEY, default_headers={"X-Api-Token": TEAM}, max_retries=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [model_at, chat_openai], ids=["OpenAIChatModel", "ChatOpenAI"])
+@pytest.mark.parametrize("echoed", [KEY, TEAM])
+def test_an_agent_keeps_the_keys_of_any_model(make: Any, echoed: str):
+    """Errors of a step, checkpoints and tracer runs have none, whichever model is sampled."""
+    with FaultServer(faults=[echo(echoed)]) as server:
+        tracer, saver = RunCollectorCallbackHandler(), InMemorySaver()
+        agent: Any = create_centroid_agent(make(server.base_url), [], n=2, checkpointer=saver)
+        config: Any = {"callbacks": [tracer], "configurable": {"thread_id": "1"}}
+        with pytest.raises(Exception, match="Incorrect API key") as caught:
+            agent.invoke({"messages": [("user", "hi")]}, config)
+        assert echoed not in texts(caught.value)
+        runs = [run.model_dump_json() for run in tracer.traced_runs]
+        assert all(echoed not in text for text in (*runs, repr(saver.storage), repr(saver.writes)))
