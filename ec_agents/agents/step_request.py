@@ -24,11 +24,16 @@ from ec_agents.sampling import sample
 from ec_agents.servers.fast_logprobs import loop_safe
 from ec_agents.servers.json_actions import ActionFormat, acting_in_json, json_request
 from ec_agents.servers.providers import (
+    CONCORDANT,
     Endpoint,
     complaint,
     endpoint_of,
+    identical,
+    is_good,
     refuse_unsupported,
     remember,
+    remember_without_schemas,
+    takes_schemas,
     verdict_on,
     verify,
 )
@@ -80,6 +85,14 @@ class StepModel:
         self.action_format = action_format
         self.endpoint = None if top_logprobs is None else endpoint_of(self.model)
         self._copies: dict[tuple[bool, int], BaseChatModel] = {}
+        self._warned: set[str] = set()
+
+    def warn_once(self, name: str, text: str) -> None:
+        """Log a problem, unless one of this name was logged for this model before."""
+        if name not in self._warned:
+            self._warned.add(name)
+            where = f"{self.endpoint.model} at {self.endpoint.base_url}" if self.endpoint else type(self.model).__name__
+            _log.warning("%s: %s: %s", where, name, text)
 
     def with_tools(self, tools: Sequence[Any], **options: Any) -> Options:
         """Return the options of calls with tools bound, in the model's own form.
@@ -190,12 +203,15 @@ class StepRequest:
         known = self._where.capabilities
         named = {name: self._option(name) for name in ({**known.must, **known.may_only} if known else ())}
         k, native = self._options["top_logprobs"], self._tools and not as_json
-        refuse_unsupported(self._where, top_logprobs=k, tools=native, options=named)
+        learned = not native or self._model.action_format != "native"
+        refuse_unsupported(self._where, top_logprobs=k, tools=native, options=named, learned=learned)
 
     def writes_json(self) -> bool:
         """Tell whether actions are requested as JSON, as far as is known now."""
         if not self.may_learn or self._where is None:
             return self._tools and self._model.action_format == "json"
+        if not takes_schemas(self._where):
+            return False
         verdict, known = verdict_on(self._where, tools=True), self._where.capabilities
         if verdict is not None and verdict.tool_tokens != "unknown":
             return verdict.tool_tokens == "none"
@@ -209,6 +225,9 @@ class StepRequest:
     async def draw(self, ask: Ask, *, write: Write, begins_as_json: bool | None = None) -> CandidateSet:
         """Sample the candidates of the step.
 
+        Where tool calls turn out to have no log-probabilities, the step is sampled again with actions as JSON; where
+        the server gives none, with tool calls.
+
         Args:
             ask: Makes one call.
             write: Receives the ``custom`` events.
@@ -217,30 +236,67 @@ class StepRequest:
 
         Raises:
             ConfigError: The candidates would all be identical, or the tools have no JSON form.
-            UnsupportedLogprobs: The table or an earlier response says that nothing can be measured.
-            LogprobsMissing: The first responses show it.
+            UnsupportedLogprobs: The table or earlier responses say that nothing can be measured.
+            LogprobsMissing: The responses show it.
             ActionError: No response is the JSON that was requested, or the server refuses ``response_format``.
             SamplingError: Fewer calls succeeded than the policy needs.
         """
         self.refuse()
         as_json = self.writes_json() if begins_as_json is None else begins_as_json
-        learns = begins_as_json is None and not as_json and self._is_new()
-        landed: list[Candidate] = []
+        if as_json:
+            try:
+                return await self._measured(ask, write, as_json=True)
+            except ActionError:
+                if not self.may_learn or self._where is None:
+                    raise
+                remember_without_schemas(self._where)
+            return await self._measured(ask, write, as_json=False)
+        if not self.may_learn or self._where is None:
+            return await self._measured(ask, write, as_json=False)
+        return await self._learned(self._where, ask, write, stops=begins_as_json is None and self._is_new())
+
+    async def _learned(self, where: Endpoint, ask: Ask, write: Write, *, stops: bool) -> CandidateSet:
+        """Sample with tool calls and, if they cannot be measured, once more as JSON.
+
+        Args:
+            where: The endpoint.
+            ask: Makes one call.
+            write: Receives the ``custom`` events.
+            stops: Whether the calls end as soon as enough tool calls have landed, all without log-probabilities.
+        """
+        found, landed = None, list[Candidate]()
         try:
-            parse = _until_unmeasured(self._parse, landed) if learns else self._parse
-            found = await self._sampled(ask, write, parse, as_json=as_json)
-            problem = self._problem(found.candidates, as_json=as_json)
+            parse = _until_unmeasured(self._parse, landed) if stops and takes_schemas(where) else self._parse
+            found = await self._sampled(ask, write, parse, as_json=False)
         except _UnmeasuredCall:
-            found, problem = CandidateSet(candidates=landed), self._verified(landed, tools=True)
-        if problem is None:
+            pass
+        candidates = landed if found is None else found.candidates
+        problem = self._problem(candidates, as_json=False)
+        if problem is None and found is not None:
             return found
-        if as_json or not self.writes_json():
-            raise LogprobsMissing(problem)
+        if found is not None and not (takes_schemas(where) and _are_calls_unmeasured(candidates)):
+            return _any_measured(found, problem)
         _log.warning("asking again, with actions as JSON: %s", problem)
-        again = await self._sampled(ask, write, self._parse, as_json=True)
-        if problem := self._problem(again.candidates, as_json=True):
+        try:
+            again = await self._measured(ask, write, as_json=True)
+        except ActionError:
+            remember_without_schemas(where)
+            if found is None:
+                found = await self._sampled(ask, write, self._parse, as_json=False)
+                problem = self._problem(found.candidates, as_json=False)
+            return _any_measured(found, problem)
+        return replace(again, spent=total_usage(found or CandidateSet(candidates=candidates)))
+
+    async def _measured(self, ask: Ask, write: Write, *, as_json: bool) -> CandidateSet:
+        """Sample once.
+
+        Raises:
+            LogprobsMissing: The responses cannot be measured.
+        """
+        found = await self._sampled(ask, write, self._parse, as_json=as_json)
+        if problem := self._problem(found.candidates, as_json=as_json):
             raise LogprobsMissing(problem)
-        return replace(again, spent=total_usage(found))
+        return found
 
     async def _sampled(self, ask: Ask, write: Write, parse: Parse, *, as_json: bool) -> CandidateSet:
         """Sample once, with a ``custom`` event per candidate and a span for all."""
@@ -271,26 +327,30 @@ class StepRequest:
         return self.may_learn and (known is None or known.tool_tokens == "unknown")
 
     def _problem(self, candidates: Sequence[Candidate], *, as_json: bool) -> str | None:
-        """Explain why the responses cannot be measured; verify them if the endpoint is not known in this respect."""
+        """Explain why the responses cannot be measured.
+
+        They are verified where the endpoint is not known in this respect, and where they may contradict what is known.
+        """
+        if self._options.get("top_logprobs") is not None and (same := identical(candidates)):
+            self._model.warn_once("identical", same)
         if self._where is None:
             return None
         tools = self._tools and not as_json
         known = verdict_on(self._where, tools=tools)
         calls = any(candidate.tool_calls for candidate in candidates)
-        if known is None or (tools and calls and known.tool_tokens == "unknown"):
+        if known is None or not is_good(known) or (tools and calls and known.tool_tokens == "unknown"):
             return self._verified(candidates, tools=tools)
-        is_measured = all(candidate.signals for candidate in candidates)
-        return None if is_measured else complaint(self._where, known, tools=tools)
+        return None
 
     def _verified(self, candidates: Sequence[Candidate], *, tools: bool) -> str | None:
         """Remember what the responses show, and explain why they cannot be measured, if so."""
         verdict = verify(candidates, top_logprobs=self._options["top_logprobs"])
         if verdict is None or self._where is None:
             return None
-        is_news = verdict_on(self._where, tools=tools) is None
         remember(self._where, verdict, tools=tools)
-        for name, text in verdict.problems.items() if is_news else ():
-            _log.warning("%s at %s: %s: %s", self._where.model, self._where.base_url, name, text)
+        for name, text in verdict.problems.items():
+            if name != "identical":
+                self._model.warn_once(name, text)
         return complaint(self._where, verdict, tools=tools)
 
     def _option(self, name: str) -> Any:
@@ -316,19 +376,44 @@ def check_action_format(action_format: object) -> None:
         raise ConfigError(f"action_format must be one of {get_args(ActionFormat)}; found {action_format!r}")
 
 
+def _are_calls_unmeasured(candidates: Sequence[Candidate]) -> bool:
+    calls = [found for found in candidates if found.tool_calls and "refused" not in found.flaws]
+    return bool(calls) and not any(found.signals for found in calls)
+
+
+def _any_measured(found: CandidateSet, problem: str | None) -> CandidateSet:
+    """Return the candidates if at least one can be ranked.
+
+    Raises:
+        LogprobsMissing: None can.
+    """
+    if problem is not None and not any(candidate.signals for candidate in found.candidates):
+        raise LogprobsMissing(problem)
+    return found
+
+
 class _UnmeasuredCall(BaseException):
     """Ends all calls of a step; a BaseException, so that no policy takes it for a failed call."""
 
 
 def _until_unmeasured(parse: Parse, landed: list[Candidate]) -> Parse:
-    """Return ``parse`` that ends the step at a first tool call without log-probabilities; ``landed`` collects."""
+    """Return ``parse`` that ends the step once enough tool calls have landed, all without log-probabilities.
+
+    ``landed`` collects the candidates until then. What lands in the same turn of the event loop comes too late.
+    """
 
     def watched(response: Any, index: int) -> Candidate:
         candidate = parse(response, index)
+        if _is_enough(landed):
+            raise _UnmeasuredCall
         landed.append(candidate)
-        calls = [found for found in landed if found.tool_calls and "refused" not in found.flaws]
-        if calls == [candidate] and candidate.signals is None:
+        if _is_enough(landed):
             raise _UnmeasuredCall
         return candidate
 
     return watched
+
+
+def _is_enough(landed: Sequence[Candidate]) -> bool:
+    calls = sum(bool(found.tool_calls) and "refused" not in found.flaws for found in landed)
+    return calls >= CONCORDANT and _are_calls_unmeasured(landed)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from typing import Any
 
 import openai
@@ -21,11 +22,13 @@ from pydantic import PrivateAttr
 
 from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.agents.step_request import StepModel, StepRequest, remembering
+from ec_agents.candidates import Candidate
 from ec_agents.embedded import EmbeddedChatModel
-from ec_agents.errors import ActionError, ConfigError, SamplingError, UnsupportedLogprobs
+from ec_agents.errors import ActionError, ConfigError, LogprobsMissing, SamplingError, UnsupportedLogprobs
 from ec_agents.messages import message_candidate
 from ec_agents.policy import SamplingPolicy
 from ec_agents.selection import Selector
+from ec_agents.servers.providers import endpoint_of, remember, verdict_on, verify
 from ec_agents.testing import FaultServer, Reply, ScriptedChatModel
 from ec_agents.testing.server import completion
 
@@ -94,15 +97,98 @@ def test_auto_goes_by_the_table_before_anything_is_sent(name: str, *, as_json: b
     assert request({**model.options, "model": "gpt-4.1"}, tools=True).writes_json()
 
 
-async def test_auto_learns_from_the_first_call_and_counts_what_was_spent():
-    with FaultServer(respond, faults=[None, *["hang"] * 7, *[None] * 16]) as server:
+async def test_auto_learns_from_the_first_three_calls_and_counts_what_was_spent():
+    with FaultServer(respond, faults=[*[None] * 3, *["hang"] * 5, *[None] * 16]) as server:
         agent = create_centroid_agent(chat(server), [add], n=8)
         state = await agent.ainvoke(ASK)
     first, last = (m.response_metadata["ec_agents"] for m in state["messages"] if m.type == "ai")
     assert ["tools" in request for request in server.requests] == [True] * 8 + [False] * 16
-    assert server.abandoned == 7
-    assert first["usage"] == {"input_tokens": 90, "output_tokens": 32, "total_tokens": 122}
+    assert server.abandoned == 5
+    assert first["usage"] == {"input_tokens": 110, "output_tokens": 32, "total_tokens": 142}
     assert last["usage"] == {"input_tokens": 80, "output_tokens": 32, "total_tokens": 112}
+
+
+class Served(ScriptedChatModel):
+    """A scripted model with an endpoint."""
+
+    base_url: str = "http://127.0.0.1:9/v1"
+
+
+CALL = [("add", {"a": 1})]
+UNMEASURED, MEASURED = Reply(tool_calls=CALL, profile=None), Reply(tool_calls=CALL, profile="!...")
+
+
+@pytest.mark.parametrize("unmeasured", [1, 2])
+def test_damaged_answers_switch_nothing(unmeasured: int):
+    """The first calls to land have no numbers, the others do: the step goes on natively, and so does the endpoint."""
+    replies = [*[UNMEASURED] * unmeasured, *[MEASURED] * (4 - unmeasured), *[Reply(content="3")] * 4]
+    model = Served(replies=replies)
+    state = create_centroid_agent(model, [add], n=4).invoke(ASK)
+    record = state["messages"][1].response_metadata["ec_agents"]
+    assert sum(score is None for score in record["scores"].values()) == unmeasured
+    assert all("tools" in options for _, options in model.requests)
+    create_centroid_agent(model, [add], n=4, action_format="native")
+
+
+def test_a_measured_answer_in_the_same_turn_comes_too_late():
+    """Three calls without numbers settle it for this step; a fourth with numbers does no harm."""
+    as_json = Reply(content=action("", {"final_answer": "3"}))
+    model = Served(replies=[*[UNMEASURED] * 3, MEASURED, *[as_json] * 4])
+    state = create_centroid_agent(model, [add], n=4).invoke(ASK)
+    assert state["messages"][-1].content == "3"
+
+
+def without_json(*, calls_measured: Callable[[int], bool]) -> Callable[[Any], Any]:
+    """A server that refuses JSON schemas, and measures some of its tool calls."""
+    seen = count()
+
+    def answer(request: Any) -> Any:
+        if "response_format" in request:
+            raise ValueError("response_format is not supported")
+        return respond(request, measured="!..." if calls_measured(next(seen)) else None)
+
+    return answer
+
+
+async def test_a_server_without_json_is_asked_natively_again():
+    """Even after three damaged calls in a row no run fails, neither this one nor those of other agents."""
+    with FaultServer(without_json(calls_measured=lambda number: number >= 3)) as server:
+        for _ in range(3):
+            state = await create_centroid_agent(chat(server), [add], n=3).ainvoke(ASK)
+            assert state["messages"][-1].content == "it is 3"
+        assert sum("response_format" in request for request in server.requests) <= 3
+
+
+async def test_a_server_that_measures_nothing_is_a_clear_error():
+    with (
+        FaultServer(without_json(calls_measured=lambda _: False)) as server,
+        pytest.raises(LogprobsMissing, match="its tool calls carry no log-probabilities"),
+    ):
+        await create_centroid_agent(chat(server), [add], n=3).ainvoke(ASK)
+
+
+def test_native_is_not_overridden_by_what_others_saw():
+    where = endpoint_of(Served())
+    assert where is not None
+    calls = [Candidate(index=i, content="", tool_calls=[{"name": "add", "args": {}}]) for i in range(3)]
+    verdict = verify(calls, top_logprobs=20)
+    assert verdict is not None
+    remember(where, verdict, tools=True)
+    model = Served(replies=[MEASURED, MEASURED, Reply(content="3"), Reply(content="3")])
+    state = create_centroid_agent(model, [add], n=2, action_format="native").invoke(ASK)
+    assert state["messages"][-1].content == "3"
+    found = verdict_on(where, tools=True)
+    assert found is not None
+    assert found.tool_tokens == "all"
+
+
+def test_equal_answers_are_said_once_also_without_a_server(caplog: pytest.LogCaptureFixture):
+    same = Reply(content="the same", profile="!" * 20)
+    model = ScriptedChatModel(replies=[same] * 8)
+    agent = create_centroid_agent(model, n=4)
+    agent.invoke(ASK)
+    agent.invoke(ASK)
+    assert caplog.text.count("4 responses are the same") == 1
 
 
 async def test_auto_stays_native_where_some_tool_calls_are_measured(caplog: pytest.LogCaptureFixture):
