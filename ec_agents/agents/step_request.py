@@ -283,8 +283,10 @@ class StepRequest:
             remember_without_schemas(where)
             if found is None:
                 found = await self._sampled(ask, write, self._parse, as_json=False)
-                problem = self._problem(found.candidates, as_json=False)
-            return _any_measured(found, problem)
+                self._problem(found.candidates, as_json=False)
+            if any(candidate.signals for candidate in found.candidates):
+                return found
+            raise
         return replace(again, spent=total_usage(found or CandidateSet(candidates=candidates)))
 
     async def _measured(self, ask: Ask, write: Write, *, as_json: bool) -> CandidateSet:

@@ -24,7 +24,7 @@ from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.agents.step_request import StepModel, StepRequest, remembering
 from ec_agents.candidates import Candidate
 from ec_agents.embedded import EmbeddedChatModel
-from ec_agents.errors import ActionError, ConfigError, LogprobsMissing, SamplingError, UnsupportedLogprobs
+from ec_agents.errors import ActionError, ConfigError, SamplingError, UnsupportedLogprobs
 from ec_agents.messages import message_candidate
 from ec_agents.policy import SamplingPolicy
 from ec_agents.selection import Selector
@@ -162,7 +162,7 @@ async def test_a_server_without_json_is_asked_natively_again():
 async def test_a_server_that_measures_nothing_is_a_clear_error():
     with (
         FaultServer(without_json(calls_measured=lambda _: False)) as server,
-        pytest.raises(LogprobsMissing, match="its tool calls carry no log-probabilities"),
+        pytest.raises(ActionError, match="refuses response_format json_schema"),
     ):
         await create_centroid_agent(chat(server), [add], n=3).ainvoke(ASK)
 
