@@ -323,9 +323,9 @@ def _rest(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in metadata.items() if key != "logprobs"}
 
 
-def _explain(error: TypeError) -> None:
+def _explain(error: Exception) -> None:
     """Raise an error with the remedy if the client cannot request log-probabilities."""
-    if _LOGPROBS_REFUSED in str(error):
+    if isinstance(error, TypeError) and _LOGPROBS_REFUSED in str(error):
         raise UnsupportedLogprobs(
             "this model's client does not accept logprobs. ChatOpenAI does not while it uses the Responses API, which "
             "reasoning=, include= and, for some models, tools switch on: pass use_responses_api=False"
