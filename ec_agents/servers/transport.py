@@ -1,6 +1,7 @@
 """How requests travel: through the OpenAI SDK, one choice to each or several, with the bodies decoded here."""
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -91,7 +92,9 @@ class Transport:
             asked = min(n, n_max)
             try:
                 answers = self._fetch_blocking(payload, asked)
-            except openai.BadRequestError:
+            except openai.BadRequestError as error:
+                if not _is_about_n(error):
+                    raise
                 self._ignores_n = True
             self._ignores_n |= len(answers) < 2
         missing = n - len(answers)
@@ -162,7 +165,7 @@ class Transport:
         except Exception as error:  # noqa: BLE001 - it is raised where the calls wait
             failure = error
         if len(waiting) > 1:
-            refused = isinstance(failure, openai.BadRequestError)
+            refused = isinstance(failure, openai.BadRequestError) and _is_about_n(failure)
             failure = None if refused else failure
             self._ignores_n |= refused or (failure is None and len(answers) < 2)
         for number, slot in enumerate(waiting):
@@ -210,3 +213,13 @@ def _answers(response: dict[str, Any], n: int) -> list[Answer]:
         shares = split_usage(response.get("usage"), lengths)
         choices = [{**choice, "usage": share} for choice, share in zip(choices, shares, strict=True)]
     return [Answer(choice, response) for choice in choices]
+
+
+_ABOUT_N = re.compile(
+    r"(?<![\w'])[\"'`]?n[\"'`]?(?!\w|')|best_of|number of (choices|completions)|completion choice", re.IGNORECASE
+)
+
+
+def _is_about_n(error: openai.BadRequestError) -> bool:
+    """Tell whether a server refuses several choices, as opposed to the request for another reason."""
+    return error.param == "n" or (error.param is None and bool(_ABOUT_N.search(error.message)))

@@ -559,6 +559,17 @@ async def test_a_server_that_refuses_n_is_asked_one_by_one():
         assert len(await draw(client(server, fan_out="n"), 8)) == 8
 
 
+async def test_a_refusal_for_another_reason_costs_one_request_and_teaches_nothing():
+    too_long = Fault(about="This model's maximum context length is 10 tokens", status=400)
+    with FaultServer([Reply(content="hello")], faults=[too_long, None]) as server:
+        model = client(server, fan_out="n")
+        failures = await asyncio.gather(*[model.ainvoke("hi") for _ in range(8)], return_exceptions=True)
+        assert {type(failure) for failure in failures} == {openai.BadRequestError}
+        assert [request["n"] for request in server.requests] == [8]
+        assert len(await draw(model, 8)) == 8
+        assert [request["n"] for request in server.requests] == [8, 8]
+
+
 async def test_a_failure_of_the_shared_request_reaches_every_call():
     with FaultServer(faults=["status_500"]) as server:
         drawn = await asyncio.gather(*[client(server, fan_out="n").ainvoke("hi")] * 1, return_exceptions=True)
