@@ -1,5 +1,7 @@
 """Settings of the documentation: ``sphinx-build -W --keep-going -b html docs OUT``, OUT outside the repository."""
 
+from sphinx.ext.napoleon.docstring import GoogleDocstring
+
 import ec_agents
 
 project = "ec_agents"
@@ -25,6 +27,11 @@ napoleon_custom_sections = ["Source"]
 
 html_theme = "furo"
 html_title = f"ec_agents {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
 pygments_style = "friendly"
+
+# The text below a field is prose; napoleon would take what stands before its first colon for the field's type.
+GoogleDocstring._parse_attribute_docstring = GoogleDocstring._consume_to_end  # noqa: SLF001
