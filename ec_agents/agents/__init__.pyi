@@ -12,7 +12,7 @@ from ec_agents.agents.middleware import (
     CentroidAgentState as CentroidAgentState,
     EntropyCentroidMiddleware as EntropyCentroidMiddleware,
 )
-from ec_agents.agents.once import (
+from ec_agents.agents.at_most_once import (
     IdempotencyKey as IdempotencyKey,
     UnknownCall as UnknownCall,
     once as once,

@@ -31,7 +31,7 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.prebuilt import ToolNode
 from langgraph.store.base import BaseStore
 
-from ec_agents.agents.once import once_where_destructive
+from ec_agents.agents.at_most_once import once_where_destructive
 from ec_agents.agents.quiet_model import is_configurable
 from ec_agents.agents.step import (
     Write,
