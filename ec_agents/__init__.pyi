@@ -1,3 +1,4 @@
+from ec_agents.agents.at_most_once import IdempotencyKey as IdempotencyKey, UnknownCall as UnknownCall, once as once
 from ec_agents.agents.chat_model import CentroidChatModel as CentroidChatModel
 from ec_agents.agents.graph import (
     CentroidScorerNode as CentroidScorerNode,
@@ -7,7 +8,6 @@ from ec_agents.agents.graph import (
     route_selected as route_selected,
 )
 from ec_agents.agents.middleware import EntropyCentroidMiddleware as EntropyCentroidMiddleware
-from ec_agents.agents.at_most_once import IdempotencyKey as IdempotencyKey, UnknownCall as UnknownCall, once as once
 from ec_agents.candidates import (
     Candidate as Candidate,
     CandidateSet as CandidateSet,

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from helpers.paths import ROOT
 
+from ec_agents.testing import FAULTS
+
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 CODE = re.compile(r"^```python( no-run)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -98,6 +100,12 @@ def test_module_map():
     wings = {f"{path.parent.name}/" for path in ROOT.glob("ec_agents/*/__init__.py")}
     rows = re.findall(r"^\| `([a-z_]+/?)` \|", text_of(ROOT / "docs/contributing.md"), re.MULTILINE)
     assert sorted(rows) == sorted(modules | wings)
+
+
+def test_faults():
+    """The table of faults has a row for each fault that the server knows."""
+    rows = re.findall(r"^\| `(\w+)` \|", text_of(ROOT / "docs/testing.md"), re.MULTILINE)
+    assert rows == list(FAULTS)
 
 
 def test_traps():

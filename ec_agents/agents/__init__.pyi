@@ -1,3 +1,9 @@
+from ec_agents.agents.at_most_once import (
+    IdempotencyKey as IdempotencyKey,
+    UnknownCall as UnknownCall,
+    once as once,
+    once_where_destructive as once_where_destructive,
+)
 from ec_agents.agents.chat_model import CentroidChatModel as CentroidChatModel
 from ec_agents.agents.graph import (
     CentroidScorerNode as CentroidScorerNode,
@@ -11,11 +17,5 @@ from ec_agents.agents.graph import (
 from ec_agents.agents.middleware import (
     CentroidAgentState as CentroidAgentState,
     EntropyCentroidMiddleware as EntropyCentroidMiddleware,
-)
-from ec_agents.agents.at_most_once import (
-    IdempotencyKey as IdempotencyKey,
-    UnknownCall as UnknownCall,
-    once as once,
-    once_where_destructive as once_where_destructive,
 )
 from ec_agents.agents.quiet_model import sampling_model as sampling_model
