@@ -195,9 +195,8 @@ def test_phases_depend_on_the_order_of_the_entropies_only(ranks: list[int], conf
 
 @given(ENTROPIES, CONFIGS)
 @settings(max_examples=200, deadline=None)
-def test_phases_are_ordered_disjoint_and_have_their_centroid_inside_the_text(
-    entropies: list[float], config: PhaseConfig
-) -> None:
+def test_phases_and_centroid_are_sound(entropies: list[float], config: PhaseConfig) -> None:
+    """Phases are ordered and disjoint, and their centroid lies inside the text."""
     phases = high_entropy_phases(entropies, config)
     assert phases.dtype == np.int64
     assert phases.shape == (len(phases), 2)
@@ -262,7 +261,8 @@ def test_no_tokens_give_no_entropies() -> None:
 
 
 @pytest.mark.parametrize("entropies", [[], [math.nan], [None, None]])
-def test_text_without_entropies_has_neither_thresholds_nor_phases_nor_centroid(entropies: list[Any]) -> None:
+def test_text_without_entropies(entropies: list[Any]) -> None:
+    """It has neither thresholds nor phases nor a centroid."""
     assert entropy_thresholds(entropies, PRESETS["paper"]) == (math.inf, -math.inf)
     phases = high_entropy_phases(entropies, PRESETS["paper"])
     assert phases.shape == (0, 2)
@@ -308,7 +308,8 @@ def test_centroid_of_no_tokens_is_undefined(n_tokens: int) -> None:
     assert math.isnan(standardized_centroid([], n_tokens))
 
 
-def test_standardized_centroid_of_uniform_phases_has_mean_zero_and_variance_one() -> None:
+def test_standardized_centroid_of_noise() -> None:
+    """Over uniformly placed phases it has mean 0 and variance 1."""
     rng = np.random.default_rng(7)
     scores = [
         standardized_centroid(np.stack((rng.integers(0, 100_000, 12), rng.integers(1, 9, 12)), axis=1), 100_000)

@@ -462,7 +462,9 @@ async def test_number_as_policy():
     assert "0.05 s (timeout)" in str(drawn.failures[0])
 
 
-def test_a_synchronous_step_inside_a_sampled_call_is_refused_instead_of_waiting_for_itself():
+def test_synchronous_step_in_a_sampled_call():
+    """A synchronous step inside a sampled call is refused instead of waiting for itself."""
+
     async def call(index: int) -> Any:
         return run_blocking(lambda: sample(answer, n=1))
 
@@ -498,7 +500,8 @@ async def test_losing_requests_are_cancelled_on_the_wire(
         await until(lambda: server.connections == 0)
 
 
-async def test_a_rate_limit_is_waited_for_and_finished_candidates_are_not_asked_again():
+async def test_rate_limit():
+    """The step waits for it and does not repeat finished candidates."""
     faults = ["status_429", None, None, None, None]
     with FaultServer([Reply(content="hello")], faults=faults) as server:
         async with openai.AsyncOpenAI(base_url=server.base_url, api_key="none", max_retries=0) as client:

@@ -32,7 +32,8 @@ async def hang(index: int) -> AIMessage:
 
 
 @pytest.mark.parametrize("n", [1, 8, 64])
-async def test_results_are_in_index_order_whatever_the_order_of_completion(n: int):
+async def test_results_are_in_index_order(n: int):
+    """Results are in index order, whatever the order of completion."""
     done: list[int] = []
     drawn = await sample(answer, n=n, on_result=lambda index, result: done.append(index))
     assert [c.index for c in drawn.candidates] == list(range(n))
@@ -123,7 +124,9 @@ async def test_too_few_successes_are_an_error_that_holds_every_failure():
     assert {i: str(e) for i, e in caught.value.failures.items()} == {2: "boom 2", 3: "boom 3"}
 
 
-async def test_a_call_that_is_cancelled_from_within_is_a_failure_and_not_the_end():
+async def test_call_cancelled_from_within():
+    """It is a failed call and does not end the step."""
+
     async def call(index: int) -> AIMessage:
         if index == 0:
             raise asyncio.CancelledError

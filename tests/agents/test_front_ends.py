@@ -104,7 +104,8 @@ async def test_a_class_of_one_provider_is_refused_too(make: Any):
 
 @EVERYWHERE
 @CLIENTS
-async def test_numbers_that_are_dropped_in_silence_end_the_step_and_stop_the_next(make: Any, client: Any):
+async def test_silently_dropped_logprobs(make: Any, client: Any):
+    """Log-probabilities dropped in silence end the step and stop the next one."""
     with FaultServer([Reply(content="hello")], faults=["null_logprobs"]) as server:
         agent = make(client(server), (), n=3)
         with pytest.raises(LogprobsMissing, match="3 of 3 responses without log-probabilities; serve the model with"):

@@ -92,7 +92,8 @@ def test_the_message_says_how_it_was_chosen():
     assert state["messages"][1].usage_metadata["total_tokens"] == 20
 
 
-def test_streams_show_each_candidate_each_choice_and_only_the_winners_text():
+def test_streams():
+    """They show each candidate, each choice and only the winner's text."""
     events = list(agent_of(two_steps()).stream(ASK, stream_mode=["custom", "messages"]))
     custom = [event for mode, event in events if mode == "custom"]
     assert [event["ec_agents"] for event in custom] == [*["candidate"] * 3, "choice", *["candidate"] * 3, "choice"]
@@ -137,7 +138,8 @@ def test_a_failed_and_a_hung_call_take_no_other_down():
     }
 
 
-def test_too_few_successes_raise_and_the_run_can_go_on_from_where_it_was():
+def test_too_few_successes():
+    """They raise, and the run can be resumed from where it was."""
     model = ScriptedChatModel(
         replies=[*two_steps()[:3], Reply(error=ConnectionError("reset")), *[Reply(content="3")] * 5]
     )
@@ -179,7 +181,8 @@ def test_an_invalid_action_loses_to_a_valid_one(call: tuple[str, dict[str, Any]]
     assert problem in found["flaws"]["0"]["invalid_action"]
 
 
-def test_if_every_action_is_invalid_the_model_is_told_and_the_run_goes_on():
+def test_every_action_invalid():
+    """The error is returned to the model and the run continues."""
     replies = [*[Reply(tool_calls=[("nope", {})])] * 2, *[Reply(content="sorry")] * 2]
     state = agent_of(replies, n=2).invoke(ASK)
     assert record(state["messages"][1])["reason"] == "all_flawed"
@@ -412,7 +415,8 @@ def test_all_of_this_holds_under_strict_serialization():
 # Humans and crashes
 
 
-def test_a_person_sees_the_scored_candidates_before_one_acts():
+def test_a_person_sees_the_scored_candidates():
+    """A person sees the scored candidates before one acts."""
     done: list[tuple[int, int]] = []
 
     def add(a: int, b: int) -> int:
@@ -476,7 +480,8 @@ with SqliteSaver.from_conn_string(database) as saver:
 """
 
 
-def test_a_process_killed_between_sample_and_score_goes_on_without_a_new_call(tmp_path: Path):
+def test_killed_between_sample_and_score(tmp_path: Path):
+    """A run killed between sample and score resumes without a new call."""
     log = tmp_path / "calls.txt"
 
     def run(*, deadly: bool) -> subprocess.CompletedProcess[str]:

@@ -400,7 +400,9 @@ def test_a_person_decides_about_the_very_action_that_runs(decision: str):
     assert len(model.requests) == 6
 
 
-def test_usage_is_the_winners_on_the_message_and_that_of_all_in_the_callback():
+def test_usage():
+    """The message reports the winner's usage, the callback that of all candidates."""
+
     class Named(ScriptedChatModel):
         def _next(self, messages: Any, options: Any) -> Reply:
             return super()._next(messages, options)

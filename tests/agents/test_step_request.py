@@ -201,7 +201,8 @@ async def test_auto_stays_native_where_some_tool_calls_are_measured(caplog: pyte
     assert "missing: 1 of 2 responses without log-probabilities, 1 of them tool calls" in caplog.text
 
 
-async def test_steps_that_are_under_way_while_another_one_learns_are_asked_again_too():
+async def test_concurrent_steps_learn_together():
+    """Steps under way while another one learns are asked again too."""
     with FaultServer(respond) as server:
         agents = [create_centroid_agent(chat(server), [add], n=2) for _ in range(4)]
         states = await asyncio.gather(*[agent.ainvoke(ASK) for agent in agents])
@@ -299,7 +300,8 @@ def test_half_a_surrogate_pair_stops_no_step(client: Callable[..., Any], action_
     assert messages[-1].content == "?"
 
 
-def test_a_private_attribute_of_a_model_that_changes_makes_it_ready_again():
+def test_changed_private_attribute():
+    """A model whose private attribute changes is prepared again."""
     prepared = remembering(partial(StepModel, top_logprobs=20, action_format="auto"))
     model = Counting()
     first = prepared(model)
@@ -375,7 +377,8 @@ def test_without_a_seed_none_is_sent():
     assert not any("seed" in request for request in server.requests)
 
 
-def test_a_seeded_embedded_model_gives_different_candidates_every_time_the_same():
+def test_seeded_embedded_model():
+    """Its candidates differ from each other and are the same every time."""
     ask = {"messages": [("user", "Ann has 12. Bob has 5 more than Ann. How many has Bob?")]}
 
     def texts() -> list[str]:
@@ -390,7 +393,8 @@ def test_a_seeded_embedded_model_gives_different_candidates_every_time_the_same(
     "model",
     [EmbeddedChatModel(temperature=0.0), EmbeddedChatModel().bind(temperature=0), EmbeddedChatModel(temperature=0)],
 )
-def test_temperature_0_with_several_candidates_is_refused_with_the_reason(model: Any):
+def test_temperature_0(model: Any):
+    """With several candidates it is refused, with the reason; with one it is allowed."""
     with pytest.raises(ConfigError, match="temperature is 0, so all 2 candidates would be identical; .* or n=1"):
         create_centroid_agent(model, n=2)
     create_centroid_agent(model, n=1)

@@ -229,7 +229,8 @@ class Noting(AgentMiddleware[Any, Any, Any]):
         return ExtendedModelResponse(handler(request), Command(update={"messages": [HumanMessage("noted")]}))
 
 
-def test_trap_11_state_updates_of_inner_middleware_are_refused_and_those_of_outer_apply_once():
+def test_trap_11_state_updates():
+    """State updates of inner middleware are refused; those of outer middleware apply once."""
     with pytest.raises(ConfigError, match="returned a state update.* put EntropyCentroidMiddleware last"):
         in_middleware(model_of(two_steps()), inside=[Noting()]).invoke(ASK)
     state = in_middleware(model_of([Reply(content="3")] * 3), outside=[Noting()]).invoke(ASK)
@@ -355,7 +356,8 @@ def test_trap_20_neither_what_was_bound_nor_the_tools_are_lost(way: str):
         assert options["tools"][0]["function"]["name"] == "add"
 
 
-def test_trap_21_durable_candidates_with_nothing_to_keep_them_in_are_refused():
+def test_trap_21_durable_without_a_store():
+    """Durable candidates are refused where nothing can keep them."""
     with pytest.raises(ConfigError, match="durable=True needs a checkpointer"):
         in_middleware(model_of(two_steps()), durable=True).invoke(ASK)
     agent = in_middleware(model_of(two_steps()), durable=True, checkpointer=InMemorySaver())
@@ -370,7 +372,8 @@ def test_trap_22_every_tool_call_in_the_conversation_is_answered(make: Callable[
     assert called == [message.tool_call_id for message in messages if message.type == "tool"]
 
 
-def test_the_private_names_of_langgraph_that_the_guards_read_are_still_there():
+def test_private_names_of_langgraph():
+    """The private names that the guards read are still there."""
     found: list[dict[str, Any]] = []
 
     def look(state: Any) -> dict[str, Any]:

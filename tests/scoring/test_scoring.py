@@ -84,7 +84,8 @@ def test_deepconf_scores_equal_the_reference(case: Any):
 
 
 @pytest.mark.parametrize("case", cases("confidence"))
-def test_renormalised_confidences_are_the_other_ones_and_the_log_of_the_mass(case: Any):
+def test_renormalised_confidences(case: Any):
+    """They are the other confidences plus the logarithm of the mass."""
     if not is_whole(case):
         return
     mass = np.log(np.exp(case["rows"]).sum(axis=1))
@@ -163,7 +164,8 @@ def test_tail_entropy_equals_its_hub(case: Any):
 
 
 @pytest.mark.parametrize("case", cases("group"))
-def test_mean_entropy_picks_as_the_reference_does_except_for_missing_data(case: Any):
+def test_mean_entropy_against_the_reference(case: Any):
+    """It picks as the reference does, except for missing data."""
     drawn = [candidate(i, [number(e) for e in entropies]) for i, entropies in enumerate(case["candidates"])]
     chosen = Selector(scorer=MEAN_ENTROPY, guards={})(drawn).chosen
     empty = [i for i, entropies in enumerate(case["candidates"]) if not any(e is not None for e in entropies)]

@@ -178,7 +178,8 @@ async def test_few_have_a_turn_at_once():
     assert (having, most) == (0, 2)
 
 
-async def test_who_waits_long_no_longer_keeps_others_waiting_and_frees_nothing_twice():
+async def test_turn_lost_after_waiting():
+    """A reader that waits too long loses its turn, and frees nothing twice."""
     turns, stuck = Turns(2, patience=0.01), asyncio.Event()
 
     async def never() -> bytes:
@@ -203,7 +204,8 @@ async def piece(size: int, seconds: float) -> bytes:
     return b" " * size
 
 
-async def test_who_makes_progress_keeps_the_turn_and_who_has_but_trickles_loses_it():
+async def test_turns_go_by_progress():
+    """A reader that makes progress keeps its turn; one that only trickles loses it."""
     turns = Turns(1, patience=0.5)
     async with turns.turn() as turn:
         for _ in range(12):
@@ -356,9 +358,10 @@ async def test_an_idle_connection_does_not_time_out():
         assert server.connections == 1
 
 
-async def test_a_connection_that_opens_in_the_moment_in_which_its_call_is_cancelled_is_closed(
+async def test_cancelled_while_connecting(
     monkeypatch: pytest.MonkeyPatch,
 ):
+    """A connection that opens just as its call is cancelled is closed."""
     closed: list[bool] = []
 
     class Opened:
@@ -423,7 +426,8 @@ async def test_one_answer_of_many_choices_is_the_same_as_many_answers(padding: i
     assert len(answers[0]) == 8
 
 
-async def test_a_large_body_that_breaks_off_is_a_lost_connection_and_asked_for_again():
+async def test_large_body_that_breaks_off():
+    """It counts as a lost connection and is retried."""
     breaks_off = padded(2 * LARGE_BODY, sent=0.7)
     with FaultServer([Reply(content="hello")], faults=[breaks_off, breaks_off, None]) as server:
         with pytest.raises(openai.APIConnectionError):

@@ -411,7 +411,8 @@ async def test_a_query_is_added_to_the_address():
 
 
 @pytest.mark.parametrize("run", [lambda model: model.invoke("hi"), lambda model: asyncio.run(model.ainvoke("hi"))])
-def test_a_parameter_that_the_sdk_does_not_know_is_named_with_the_remedy(run: Any):
+def test_parameter_unknown_to_the_sdk(run: Any):
+    """The error names the parameter and the remedy."""
     with FaultServer() as server:
         with pytest.raises(ConfigError, match="knows no parameter 'min_p'; .* extra_body"):
             run(client(server, model_kwargs={"min_p": 0.1}))
@@ -435,7 +436,8 @@ def test_an_agent_runs_on_it():
         assert server.requests[-1]["messages"][-1]["role"] == "tool"
 
 
-def test_one_object_serves_one_event_loop_after_the_other_and_leaves_no_connection():
+def test_one_loop_after_the_other():
+    """One model serves one event loop after the other and leaves no connection open."""
     with FaultServer([Reply(content="hello")]) as server:
         model = client(server)
         for _ in range(3):
@@ -443,7 +445,8 @@ def test_one_object_serves_one_event_loop_after_the_other_and_leaves_no_connecti
             settle(lambda: server.connections == 0)
 
 
-def test_threads_with_loops_of_their_own_and_without_share_one_object():
+def test_threads_share_one_model():
+    """Threads with and without an event loop share one model."""
     with FaultServer([Reply(content="hello")]) as server:
         model, results = client(server), list[Any]()
         works: list[Any] = [lambda: model.invoke("hi"), lambda: asyncio.run(model.ainvoke("hi"))] * 4
@@ -544,7 +547,8 @@ async def test_different_calls_do_not_share():
         assert sorted((request["seed"], request.get("n", 1)) for request in server.requests) == [(1, 2), (2, 1)]
 
 
-async def test_missing_choices_are_asked_for_one_by_one_and_then_nothing_else_is():
+async def test_missing_choices():
+    """They are asked for one by one, and from then on every choice is."""
     with FaultServer([Reply()], faults=["fewer_choices"]) as server:
         model = client(server, fan_out="n")
         assert len(await draw(model, 8)) == 8
@@ -579,7 +583,8 @@ async def test_a_failure_of_the_shared_request_reaches_every_call():
         assert {type(failure) for failure in failures} == {openai.InternalServerError}
 
 
-async def test_cancelling_one_of_the_calls_leaves_the_others_and_cancelling_all_closes_the_connection():
+async def test_cancelling_calls_that_share_a_request():
+    """Cancelling one of the calls leaves the others; cancelling all closes the connection."""
     with FaultServer([Reply(content="hello")], latency=0.1) as server:
         model = client(server, fan_out="n")
         calls = [asyncio.create_task(model.ainvoke("hi")) for _ in range(3)]
@@ -799,9 +804,9 @@ async def test_requests_and_answers_are_those_of_the_ordinary_model(name: str, r
     await ordinary.root_async_client.close()
 
 
-async def test_requests_are_not_copied_but_a_tracer_around_create_is_asked(
-    server: FaultServer, monkeypatch: pytest.MonkeyPatch
-):
+async def test_requests_are_not_copied(server: FaultServer, monkeypatch: pytest.MonkeyPatch):
+    """Requests are not copied, and yet a tracer around ``create`` is called."""
+
     def copied(*_: Any) -> None:
         raise AssertionError
 

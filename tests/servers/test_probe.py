@@ -151,7 +151,8 @@ async def test_arguments_out_of_range(base_url: str, k: int):
 @pytest.mark.parametrize(
     ("source", "code", "word"), [(Endpoints(), 0, "Nothing to change"), (Endpoints(plain=None), 1, "does not work")]
 )
-def test_the_command_prints_the_report_and_its_exit_status_says_whether_it_works(source: Any, code: int, word: str):
+def test_the_command(source: Any, code: int, word: str):
+    """It prints the report, and its exit status says whether the server works."""
     with FaultServer(source) as server:
         done = CliRunner().invoke(app, ["check", "--base-url", server.base_url, "--model", "m"])
         assert f"m at {server.base_url}" in done.output

@@ -304,7 +304,8 @@ def test_responses_that_show_nothing_give_no_verdict():
     assert verify([], top_logprobs=20) is None
 
 
-def test_reasoning_that_the_token_limit_cut_off_shows_as_much_as_an_answer():
+def test_truncated_reasoning_is_evidence():
+    """Reasoning cut off by the token limit shows as much as an answer."""
     verdict = verify([response(content="", measured=signals()) for _ in range(2)], top_logprobs=20)
     assert verdict is not None
     assert verdict.usable
