@@ -16,6 +16,14 @@ from ec_agents.candidates import (
     TokenSignals as TokenSignals,
     Trajectory as Trajectory,
 )
+from ec_agents.effort import (
+    Agree as Agree,
+    ByRisk as ByRisk,
+    Effort as Effort,
+    Escalate as Escalate,
+    Prime as Prime,
+    StepView as StepView,
+)
 from ec_agents.entropy import (
     PRESETS as PRESETS,
     PhaseConfig as PhaseConfig,

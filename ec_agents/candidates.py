@@ -287,6 +287,10 @@ class CandidateSet:
     """What each failed call raised, keyed by candidate index."""
     spent: Mapping[str, int] = field(default_factory=dict[str, int])
     """Token counts of responses that were thrown away, because they could not be measured, before these were drawn."""
+    waves: Sequence[int] = ()
+    """How many calls were started in each wave."""
+    stopped: str = ""
+    """With an effort: why no more were drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

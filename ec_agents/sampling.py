@@ -4,16 +4,17 @@ import asyncio
 import math
 import os
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextvars import copy_context
 from dataclasses import replace
-from functools import cache
-from typing import Any, TypeVar
+from functools import cache, partial
+from typing import Any, TypeVar, cast
 
 from langgraph.errors import GraphBubbleUp
 
 from ec_agents.candidates import Candidate, CandidateSet
+from ec_agents.effort import Effort, check_effort, why
 from ec_agents.errors import ConfigError, SamplingError
 from ec_agents.messages import as_candidate
 from ec_agents.policy import SamplingPolicy, as_policy, finish, respond
@@ -29,6 +30,7 @@ async def sample(
     *,
     n: int,
     policy: SamplingPolicy | float | None = None,
+    effort: Effort | None = None,
     parse: Callable[[Any, int], Candidate] = as_candidate,
     on_result: Callable[[int, Candidate | BaseException], None] = _ignore,
 ) -> CandidateSet:
@@ -39,8 +41,9 @@ async def sample(
 
     Args:
         call: Index 0..N-1 → awaitable of one response. A retried call gets the same index.
-        n: How many candidates.
+        n: How many candidates, or the most with an effort.
         policy: Timeouts, retries, hedging and limits; a number is the timeout of a call in seconds. None waits for all.
+        effort: Decides after each response whether to draw more, up to ``n``; None draws all N at once.
         parse: Response and index → candidate.
         on_result: Called with the index and the candidate or failure of each call as it ends.
 
@@ -59,43 +62,126 @@ async def sample(
         >>> [candidate.content for candidate in asyncio.run(sample(call, n=2)).candidates]
         ['answer 0', 'answer 1']
     """
-    policy = as_policy(policy)
-    policy.check(n)
-    gate = policy.gate()
-    give_up_at = math.inf if policy.deadline is None else asyncio.get_running_loop().time() + policy.deadline
-    drawn: dict[int, tuple[Any, Candidate]] = {}
-    failures: dict[int, BaseException] = {}
+    step = _Sampling(call, n, policy=as_policy(policy), effort=effort, parse=parse, on_result=on_result)
+    await step.run()
+    return step.result()
 
-    def enough() -> bool:
-        return policy.first is not None and len(drawn) >= policy.first
 
-    async def one(index: int) -> None:
+class _Sampling:
+    """The calls of one step."""
+
+    def __init__(
+        self,
+        call: Callable[[int], Awaitable[Any]],
+        n: int,
+        *,
+        policy: SamplingPolicy,
+        effort: Effort | None,
+        parse: Callable[[Any, int], Candidate],
+        on_result: Callable[[int, Candidate | BaseException], None],
+    ) -> None:
+        policy.check(n)
+        if effort is not None:
+            check_effort(effort, n)
+        self._call, self._n, self._policy, self._effort = call, n, policy, effort
+        self._parse, self._on_result = parse, on_result
+        self._gate = policy.gate()
+        self._drawn: dict[int, tuple[Any, Candidate]] = {}
+        self._failures: dict[int, BaseException] = {}
+        self._waves: list[int] = []
+
+    async def run(self) -> None:
+        """Draw one wave after the other, until there is enough or it is too late."""
+        now, deadline = asyncio.get_running_loop().time, self._policy.deadline
+        give_up_at = math.inf if deadline is None else now() + deadline
+        while now() < give_up_at and (more := self._more()):
+            started = sum(self._waves)
+            self._waves.append(more)
+            wave = [asyncio.create_task(self._one(i, give_up_at)) for i in range(started, started + more)]
+            await finish(wave, self._is_enough, give_up_at)
+            for index in sorted({*range(started, started + more)} - self._drawn.keys() - self._failures.keys()):
+                self._failed(index, self._unanswered())
+
+    def result(self) -> CandidateSet:
+        """Return what was drawn.
+
+        Raises:
+            SamplingError: It is too little.
+        """
+        needed = self._needed()
+        if len(self._drawn) < needed:
+            raise _too_few(len(self._drawn), sum(self._waves), needed, self._failures)
+        return CandidateSet(
+            candidates=self._candidates(),
+            messages={index: response for index, (response, _) in sorted(self._drawn.items())},
+            failures=dict(sorted(self._failures.items())),
+            waves=tuple(self._waves),
+            stopped="" if self._effort is None else why(self._effort, self._candidates()),
+        )
+
+    def _candidates(self) -> list[Candidate]:
+        return [candidate for _, (_, candidate) in sorted(self._drawn.items())]
+
+    def _needed(self) -> int:
+        """Return the fewest candidates on which the step may act."""
+        least: Callable[[Sequence[Candidate]], int] | None = getattr(self._effort, "least", None)
+        return max(self._policy.min_candidates, 1 if least is None else least(self._candidates()))
+
+    def _more(self) -> int:
+        """Return how many calls to start now."""
+        left = self._n - sum(self._waves)
+        if self._effort is None or left == 0:
+            return left
+        if self._is_first_k():
+            return 0
+        return min(self._asked() or max(self._needed() - len(self._drawn), 0), left)
+
+    def _asked(self) -> int:
+        """Return how many more candidates the effort wants, those in flight included."""
+        may_come = self._n - len(self._drawn) - len(self._failures)
+        found = 0 if self._effort is None else cast("object", self._effort(self._candidates(), may_come))
+        if not isinstance(found, int) or found < 0:
+            raise ConfigError(f"effort must return how many more candidates to draw, 0 or more; found {found!r}")
+        return found
+
+    def _is_first_k(self) -> bool:
+        return self._policy.first is not None and len(self._drawn) >= self._policy.first
+
+    def _is_enough(self) -> bool:
+        """Tell whether calls in flight are no longer needed."""
+        if self._is_first_k():
+            return True
+        return self._effort is not None and len(self._drawn) >= self._needed() and self._asked() == 0
+
+    async def _one(self, index: int, give_up_at: float) -> None:
         try:
-            response, seconds = await respond(lambda: timed(call(index)), policy, gate, give_up_at)
-            candidate = with_seconds(parse(response, index), seconds)
+            send = partial(timed, lambda: self._call(index))
+            response, seconds = await respond(send, self._policy, self._gate, give_up_at)
+            candidate = with_seconds(self._parse(response, index), seconds)
         except GraphBubbleUp:
             raise
         except (Exception, asyncio.CancelledError) as failure:
             if _is_cancelled():
                 raise
-            failures[index] = failure
-            on_result(index, failure)
+            self._failed(index, failure)
         else:
-            if not enough():
-                drawn[index] = response, candidate
-                on_result(index, candidate)
+            if not self._is_first_k():
+                self._drawn[index] = response, candidate
+                self._on_result(index, candidate)
 
-    await finish([asyncio.create_task(one(index)) for index in range(n)], enough, give_up_at)
-    for index in sorted(set(range(n)) - drawn.keys() - failures.keys()):
-        failures[index] = _unanswered(policy, enough=enough())
-        on_result(index, failures[index])
-    if len(drawn) < policy.min_candidates:
-        raise _too_few(len(drawn), n, policy.min_candidates, failures)
-    return CandidateSet(
-        candidates=[candidate for _, (_, candidate) in sorted(drawn.items())],
-        messages={index: response for index, (response, _) in sorted(drawn.items())},
-        failures=dict(sorted(failures.items())),
-    )
+    def _failed(self, index: int, failure: BaseException) -> None:
+        self._failures[index] = failure
+        self._on_result(index, failure)
+
+    def _unanswered(self) -> BaseException:
+        """Explain why a cancelled call is missing from the results."""
+        if not self._is_enough():
+            return TimeoutError(
+                f"no answer within {self._policy.deadline or 0:g} s of the start of the step (deadline)"
+            )
+        if self._is_first_k():
+            return asyncio.CancelledError(f"not needed: {self._policy.first} other calls succeeded before (first)")
+        return asyncio.CancelledError(f"not needed: {why(self._effort, self._candidates()) if self._effort else ''}")
 
 
 def run_blocking(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
@@ -128,23 +214,16 @@ def run_blocking(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         raise
 
 
-async def timed(response: Awaitable[_T]) -> tuple[_T, float]:
-    """Return the response and the seconds it took."""
+async def timed(send: Callable[[], Awaitable[_T]]) -> tuple[_T, float]:
+    """Return the response to a request and the seconds it took."""
     now = asyncio.get_running_loop().time
     started = now()
-    return await response, now() - started
+    return await send(), now() - started
 
 
 def with_seconds(candidate: Candidate, seconds: float) -> Candidate:
     """Return the candidate with its latency, unless it has one from an earlier attempt of the step."""
     return candidate if candidate.seconds is not None else replace(candidate, seconds=seconds)
-
-
-def _unanswered(policy: SamplingPolicy, *, enough: bool) -> BaseException:
-    """Explain why a cancelled call is missing from the results."""
-    if enough:
-        return asyncio.CancelledError(f"not needed: {policy.first} other calls succeeded before (first)")
-    return TimeoutError(f"no answer within {policy.deadline or 0:g} s of the start of the step (deadline)")
 
 
 def _too_few(found: int, n: int, needed: int, failures: dict[int, BaseException]) -> SamplingError:

@@ -305,7 +305,7 @@ async def _responded(
     send: Callable[[], Awaitable[_Answer]], policy: SamplingPolicy, gate: AbstractAsyncContextManager[Any]
 ) -> _Answer:
     """Return the answer to one call, with the limits that the policy sets for calls."""
-    answer, seconds = await respond(lambda: timed(send()), policy, gate, math.inf)
+    answer, seconds = await respond(partial(timed, send), policy, gate, math.inf)
     return replace(answer, candidate=with_seconds(answer.candidate, seconds))
 
 
