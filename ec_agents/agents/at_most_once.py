@@ -355,7 +355,7 @@ class _Call:
         """The latest resume value since the question that is an answer for this call; None: there is none."""
         for answer in reversed(self.answers[asked:] if asked is not None else ()):
             named: Any = cast("Any", answer).get(self.id) if isinstance(answer, dict) else None
-            found: Any = named if named is not None or self.shares_task else answer
+            found = named if named is not None or self.shares_task else cast("Any", answer)
             if found in ("skip", "repeat") or (isinstance(found, dict) and "result" in cast("dict[str, Any]", found)):
                 return cast("Any", found)
         return None

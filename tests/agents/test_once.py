@@ -454,12 +454,12 @@ def test_a_journal_that_cannot_be_written_ends_the_run():
     class Full(InMemorySaver):
         left: ClassVar = [1]
 
-        def put(self, config: Any, *args: Any) -> Any:
+        def put(self, config: Any, checkpoint: Any, metadata: Any, new_versions: Any) -> Any:
             if config["configurable"]["checkpoint_ns"].startswith(journal.NAMESPACE):
                 if not self.left:
                     raise OSError("disk full")
                 self.left.pop()
-            return super().put(config, *args)
+            return super().put(config, checkpoint, metadata, new_versions)
 
     till = Till.new()
     saver = Full()
@@ -593,7 +593,7 @@ def with_all(  # noqa: PLR0917 - as tools are
     """Pay with all that can be injected."""
     assert state["messages"] == messages
     assert isinstance(store, BaseStore)
-    assert config["configurable"]["thread_id"] == "1"
+    assert config.get("configurable", {})["thread_id"] == "1"
     return f"paid {amount} {tool_call_id}"
 
 

@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from importlib import import_module
 from itertools import count
@@ -25,6 +25,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, ToolMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables import Runnable
+from langchain_core.tools import tool
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.prebuilt import ToolNode
 from langgraph.types import Command
@@ -101,14 +102,12 @@ class Shop:
         self.reach("before the result")
         return f"paid {amount}"
 
+    def pay_plainly(self, amount: int) -> str:
+        return self.pay(amount, "")
+
     def tool(self) -> Any:
         if not self.settings["once"]:
-
-            def pay(amount: int) -> str:
-                """Pay."""
-                return self.pay(amount, "")
-
-            return pay
+            return tool("pay", description="Pay.")(self.pay_plainly)
 
         def pay(amount: int, key: IdempotencyKey) -> str:
             """Pay."""
@@ -141,7 +140,7 @@ class Shop:
         put, aput = saver.put_writes, saver.aput_writes
 
         @contextmanager
-        def watching(writes: Any) -> Iterator[None]:
+        def watching(writes: Any) -> Generator[None]:
             paying = any(isinstance(m, ToolMessage) for _, value in writes if isinstance(value, list) for m in value)
             if paying:
                 self.reach("before the checkpoint")
@@ -288,7 +287,14 @@ def setup(kind: str, address: str) -> None:
             saver.setup()
 
 
-DEFAULTS = {"once": True, "payments": 2, "slow": 0.0, "durability": "async", "asynchronous": False, "random": False}
+DEFAULTS: dict[str, Any] = {
+    "once": True,
+    "payments": 2,
+    "slow": 0.0,
+    "durability": "async",
+    "asynchronous": False,
+    "random": False,
+}
 
 
 def main(home: Path, *runs: str) -> None:
