@@ -5,11 +5,11 @@ import math
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import Future
-from contextvars import copy_context
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar, copy_context
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 from langgraph.errors import GraphBubbleUp
 
@@ -20,6 +20,7 @@ from ec_agents.messages import as_candidate
 from ec_agents.policy import SamplingPolicy, as_policy, finish, respond
 
 _T = TypeVar("_T")
+_P = ParamSpec("_P")
 
 
 def _ignore(index: int, result: Candidate | BaseException) -> None: ...
@@ -192,8 +193,9 @@ def run_blocking(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
 
     Raises:
         ConfigError: The caller already runs on that loop and would deadlock.
+        asyncio.CancelledError: The caller is work of ``in_thread`` that was given up.
     """
-    (loop, thread), tasks = _background_loop(), list[asyncio.Task[_T]]()
+    (loop, thread), own, around = _background_loop(), _Call(), _CALL.get()
     if threading.current_thread() is thread:
         raise ConfigError(
             "a synchronous call inside a sampled call would deadlock; await the asynchronous method instead"
@@ -204,14 +206,39 @@ def run_blocking(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
     def start() -> None:
         task = loop.create_task(work(), context=context)
         task.add_done_callback(lambda task: _settle(task, done))
-        tasks.append(task)
+        for call in (own, around):
+            if call is not None:
+                call.add(task)
 
-    loop.call_soon_threadsafe(start)
     try:
+        loop.call_soon_threadsafe(start)
         return done.result()
     except BaseException:
-        loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
+        if around is not None and around.given_up:
+            # A BaseException, so that no retry around the call takes it for a failure.
+            raise asyncio.CancelledError("the step gave this call up") from None
+        own.cancel()
         raise
+
+
+async def in_thread(work: Callable[[], _T]) -> _T:
+    """Run synchronous work in a daemon thread of its own, with the caller's context variables.
+
+    Cancelling this coroutine cancels whatever the work awaits through ``run_blocking``, now or later. Other work cannot
+    be interrupted: its thread runs on until the work is done, but does not keep the process alive.
+    """
+    call, context = _Call(), copy_context()
+    context.run(_CALL.set, call)
+    try:
+        return await asyncio.wrap_future(_in_daemon_thread(context.run, _without_stop_iteration, work))
+    except asyncio.CancelledError:
+        call.give_up()
+        raise
+
+
+def may_be_given_up() -> bool:
+    """Tell whether this code is work of ``in_thread``, so that whoever waits for it may stop waiting."""
+    return _CALL.get() is not None
 
 
 async def timed(send: Callable[[], Awaitable[_T]]) -> tuple[_T, float]:
@@ -243,10 +270,73 @@ def _is_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
+class _Call:
+    """Synchronous work that may be given up, and the tasks of the background loop that it waits for."""
+
+    def __init__(self) -> None:
+        self.given_up = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def add(self, task: asyncio.Task[Any]) -> None:
+        """Have a new task cancelled with the call; in the background loop."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        if self.given_up:
+            task.cancel()
+
+    def cancel(self) -> None:
+        """Cancel the tasks, from any thread."""
+        _background_loop()[0].call_soon_threadsafe(lambda: [task.cancel() for task in self._tasks])
+
+    def give_up(self) -> None:
+        """Cancel the tasks, and those to come, from any thread."""
+        self.given_up = True
+        self.cancel()
+
+
+_CALL: ContextVar[_Call | None] = ContextVar("ec_agents_call", default=None)
+"""The work of ``in_thread`` that this code is part of."""
+
+
+def _in_daemon_thread(work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+    """Start work in a thread that does not keep the process alive; those of an executor are joined at exit."""
+    done: Future[_T] = Future()
+
+    def run() -> None:
+        if not done.set_running_or_notify_cancel():
+            return
+        try:
+            result = work(*args, **kwargs)
+        except BaseException as error:  # noqa: BLE001 - whoever waits gets it
+            done.set_exception(error)
+        else:
+            done.set_result(result)
+
+    threading.Thread(target=run, name="ec_agents-call", daemon=True).start()
+    return done
+
+
+def _without_stop_iteration(work: Callable[[], _T]) -> _T:
+    """Do the work; a ``StopIteration``, which no future can hold, becomes a ``RuntimeError``."""
+    try:
+        return work()
+    except StopIteration as error:
+        raise RuntimeError("a call raised StopIteration") from error
+
+
+class _DaemonThreads(ThreadPoolExecutor):
+    """An executor for event loops whose calls do not keep the process alive, however long they hang."""
+
+    def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        """Start the call in a thread of its own."""
+        return _in_daemon_thread(fn, *args, **kwargs)
+
+
 @cache
 def _background_loop() -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
     """Return the event loop that serves synchronous callers, and its daemon thread."""
     loop = asyncio.new_event_loop()
+    loop.set_default_executor(_DaemonThreads())
     thread = threading.Thread(target=loop.run_forever, name="ec_agents-sampling", daemon=True)
     thread.start()
     return loop, thread

@@ -10,9 +10,7 @@ import operator
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
-from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +42,7 @@ from ec_agents.candidates import Candidate, CandidateSet
 from ec_agents.errors import ConfigError
 from ec_agents.messages import SIGNALS_KEY, invalid_action, message_candidate
 from ec_agents.policy import SamplingPolicy, as_policy, respond
-from ec_agents.sampling import run_blocking, timed, with_seconds
+from ec_agents.sampling import in_thread, run_blocking, timed, with_seconds
 from ec_agents.scoring import Scorer
 from ec_agents.selection import Selector, as_selector
 from ec_agents.servers.json_actions import ActionFormat
@@ -130,7 +128,8 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         action_format: ``native`` tool calls; ``json``: actions as JSON in the content, where their tokens are measured;
             ``auto``: ``json`` where tool calls carry no log-probabilities.
         policy: Timeouts, retries, hedging and limits of a step; a number is the timeout of a call in seconds.
-            Synchronous calls cannot be cut off: the agent goes on, and the thread ends with its call.
+            Calls that the step gives up are closed, in ``invoke`` too, unless the model has only a synchronous method:
+            such a call runs on in a thread that does not keep the process alive.
         durable: Make each call a LangGraph task, so that a run that crashed repeats only the missing calls, and an
             interrupt in the same step does not draw again. Needs a checkpointer.
         trace: Records every step: a ``TraceWriter`` or the path of a file. ``metadata`` of the configuration may name
@@ -215,8 +214,6 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         step = self._begin(request)
         if not self.durable and (place := unanswered(step.config)):
             refuse_other_candidates(place, place.saver.get_tuple(place.checkpoint))
-        # Calls that are thrown away cannot be cut off; those that are made instead do not wait for them.
-        pool = ThreadPoolExecutor(4 * step.n, thread_name_prefix="ec_agents-sample")
 
         def answer(model: BaseChatModel, options: Options, index: int) -> _Answer:
             try:
@@ -224,27 +221,22 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
             except StructuredOutputError as error:
                 return _unparsed(error, index)
 
-        async def in_thread(work: Callable[..., _Answer], *given: Any) -> _Answer:
-            return await asyncio.get_running_loop().run_in_executor(pool, copy_context().run, work, *given)
-
         def stored(model: BaseChatModel, options: Options, index: int) -> _Answer:
-            send = partial(in_thread, answer, model, options, index)
+            send = partial(in_thread, partial(answer, model, options, index))
             found = task(name=_TASK)(lambda: _pack(run_blocking(lambda: _responded(send, self.policy, gate))))()
             return _unpack(found.result(), index)
 
-        gate = self.policy.gate()
-        ask = partial(in_thread, stored if self.durable else answer)
+        def ask(model: BaseChatModel, options: Options, index: int) -> Awaitable[_Answer]:
+            return in_thread(partial(stored if self.durable else answer, model, options, index))
 
+        gate = self.policy.gate()
         as_json = task(name=_TASK)(step.asks.writes_json)().result() if self._keeps_form(step) else None
 
         async def work() -> ExtendedModelResponse[Any]:
             drawn = await step.asks.draw(ask, write=step.write, begins_as_json=as_json)
             return await self._conclude(step, handler, drawn)
 
-        try:
-            return run_blocking(work)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        return run_blocking(work)
 
     def _begin(self, request: Request) -> _Step:
         config = ensure_config()

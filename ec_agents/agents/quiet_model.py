@@ -16,6 +16,7 @@ from langchain_core.callbacks import (
     AsyncCallbackManager,
     AsyncCallbackManagerForLLMRun,
     BaseCallbackManager,
+    CallbackManagerForLLMRun,
     Callbacks,
 )
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
@@ -32,6 +33,7 @@ from langgraph.constants import TAG_NOSTREAM
 from ec_agents.errors import ConfigError, UnsupportedLogprobs
 from ec_agents.logprobs import is_packed, pack_logprobs, token_signals
 from ec_agents.messages import SIGNALS_KEY, copy_as
+from ec_agents.sampling import in_thread, may_be_given_up, run_blocking
 from ec_agents.servers.redaction import hide_secrets
 
 _STREAM_OPTIONS = {"stream", "stream_options", "stream_usage"}
@@ -186,7 +188,13 @@ def _silent(cls: type[BaseChatModel]) -> type[BaseChatModel]:
     if issubclass(cls, _Silent):
         return cls
     base: Any = cls
-    generate_one, agenerate_one = _taking(base._generate), _taking(base._agenerate)  # noqa: SLF001 - it is overridden
+    generate_one = _taking(base._generate)  # noqa: SLF001 - it is overridden
+    if base._agenerate is BaseChatModel._agenerate:  # noqa: SLF001 - as above
+        agenerate_one = _in_thread(generate_one)
+    else:
+        agenerate_one = _taking(base._agenerate)  # noqa: SLF001 - as above
+        if _definition(cls, "_agenerate") <= _definition(cls, "_generate"):
+            generate_one = _interruptible(generate_one, agenerate_one)
 
     @wraps(generate_one)
     def _generate(self: Any, *args: Any, **kwargs: Any) -> ChatResult:
@@ -227,6 +235,82 @@ def _taking(generate: Callable[..., Any]) -> Callable[..., Any]:
         return generate(*args, **kwargs)
 
     return dropping
+
+
+def _definition(cls: type, method: str) -> int:
+    """Return how far up in the class's bases the method is defined."""
+    return next(place for place, base in enumerate(cls.__mro__) if method in vars(base))
+
+
+def _in_thread(generate: Callable[..., ChatResult]) -> Callable[..., Any]:
+    """Return the asynchronous form of a synchronous method: LangChain's own uses threads that are joined at exit."""
+
+    @wraps(generate)
+    async def agenerate(
+        self: Any, *args: Any, run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any
+    ) -> ChatResult:
+        manager = None if run_manager is None else run_manager.get_sync()
+        return await in_thread(partial(generate, self, *args, run_manager=manager, **kwargs))
+
+    return agenerate
+
+
+_ASKED: ContextVar[object] = ContextVar("ec_agents_asked", default=None)
+"""The model whose asynchronous method answers a synchronous call."""
+
+
+class _Synchronous(BaseException):
+    """Raised where a model's asynchronous method turns out to call the synchronous one."""
+
+
+def _interruptible(generate: Callable[..., ChatResult], agenerate: Callable[..., Any]) -> Callable[..., ChatResult]:
+    """Return the synchronous method, which awaits the asynchronous one if whoever waits for it may stop waiting.
+
+    Only an asynchronous request can be interrupted, which closes its connection. A model whose asynchronous method
+    calls the synchronous one is asked synchronously.
+    """
+    synchronous: list[bool] = []
+
+    @wraps(generate)
+    def answer(self: Any, *args: Any, run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any) -> ChatResult:
+        if _ASKED.get() is self:
+            raise _Synchronous
+        if not may_be_given_up() or synchronous or _has_synchronous_client_only(self):
+            return generate(self, *args, run_manager=run_manager, **kwargs)
+
+        async def ask() -> ChatResult:
+            _ASKED.set(self)
+            return await agenerate(self, *args, run_manager=_asynchronous(run_manager), **kwargs)
+
+        try:
+            return run_blocking(ask)
+        except _Synchronous:
+            synchronous.append(True)
+            return generate(self, *args, run_manager=run_manager, **kwargs)
+
+    return answer
+
+
+def _has_synchronous_client_only(model: Any) -> bool:
+    """Tell whether the user gave the model an HTTP client for synchronous calls, and none for the others."""
+    pairs = (("http_client", "http_async_client"), ("client", "async_client"))
+    return any(getattr(model, one, None) is not None and getattr(model, other, None) is None for one, other in pairs)
+
+
+def _asynchronous(manager: CallbackManagerForLLMRun | None) -> AsyncCallbackManagerForLLMRun | None:
+    """Return the manager of the same run for asynchronous code."""
+    if manager is None:
+        return None
+    return AsyncCallbackManagerForLLMRun(
+        run_id=manager.run_id,
+        handlers=manager.handlers,
+        inheritable_handlers=manager.inheritable_handlers,
+        parent_run_id=manager.parent_run_id,
+        tags=manager.tags,
+        inheritable_tags=manager.inheritable_tags,
+        metadata=manager.metadata,
+        inheritable_metadata=manager.inheritable_metadata,
+    )
 
 
 @contextmanager
