@@ -62,8 +62,8 @@ class CentroidChatModel(OneChunkModel):
 
     Example:
         >>> from ec_agents import CentroidChatModel
-        >>> from ec_agents.embedded import EmbeddedChatModel
-        >>> message = CentroidChatModel(EmbeddedChatModel(seed=1), n=4).invoke("Ann has 12. How many has Ann?")
+        >>> from ec_agents.embedded import EmbeddedChatModel, make_tasks
+        >>> message = CentroidChatModel(EmbeddedChatModel(seed=1), n=4).invoke(make_tasks("play", 1)[0].prompt)
         >>> sorted(message.response_metadata["ec_agents"]["scores"])
         ['0', '1', '2', '3']
     """

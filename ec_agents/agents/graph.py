@@ -246,9 +246,9 @@ def create_centroid_agent(
 
     Example:
         >>> from ec_agents import create_centroid_agent
-        >>> from ec_agents.embedded import EmbeddedChatModel
+        >>> from ec_agents.embedded import EmbeddedChatModel, make_tasks
         >>> agent = create_centroid_agent(EmbeddedChatModel(seed=1), n=4)
-        >>> state = agent.invoke({"messages": [("user", "Ann has 12. Bob has 5 more than Ann. How many has Bob?")]})
+        >>> state = agent.invoke({"messages": [("user", make_tasks("play", 1)[0].prompt)]})
         >>> sorted(state["messages"][-1].response_metadata["ec_agents"]["scores"])
         ['0', '1', '2', '3']
     """
