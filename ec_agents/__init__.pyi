@@ -2,12 +2,12 @@ from ec_agents.agents.at_most_once import IdempotencyKey as IdempotencyKey, Unkn
 from ec_agents.agents.chat_model import CentroidChatModel as CentroidChatModel
 from ec_agents.agents.graph import (
     CentroidScorerNode as CentroidScorerNode,
-    CentroidState as CentroidState,
     SamplingNode as SamplingNode,
     create_centroid_agent as create_centroid_agent,
     route_selected as route_selected,
 )
 from ec_agents.agents.middleware import EntropyCentroidMiddleware as EntropyCentroidMiddleware
+from ec_agents.agents.state import CentroidState as CentroidState
 from ec_agents.candidates import (
     Candidate as Candidate,
     CandidateSet as CandidateSet,

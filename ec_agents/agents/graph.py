@@ -1,55 +1,39 @@
-"""Stage 5 - act: LangGraph nodes, edges and the prebuilt agent.
+"""LangGraph nodes, edges and the prebuilt agent.
 
 ``START → sample → score ⇢ tools → sample``, ``score ⇢ END``. The candidates stay in the state between the two nodes, so
-a crash there does not pay for the N calls again; only the chosen message enters ``messages``.
+a crash there does not pay for the N calls again; only the chosen message enters ``messages``. Each tool call is a task
+of its own: what a finished one did is not repeated when another one interrupts or fails.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
+from inspect import isawaitable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Any, Literal, cast
 
 from langchain_core.language_models import LanguageModelInput
-from langchain_core.messages import (
-    AIMessage,
-    AnyMessage,
-    BaseMessage,
-    SystemMessage,
-    message_to_dict,
-    messages_from_dict,
-)
+from langchain_core.messages import AIMessage, BaseMessage, SystemMessage, ToolCall, ToolMessage
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import ensure_config, merge_configs
 from langchain_core.tools import BaseTool
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.constants import END, START
 from langgraph.graph import StateGraph
-from langgraph.graph.message import add_messages
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.prebuilt import ToolNode
 from langgraph.store.base import BaseStore
+from langgraph.types import Send
 
 from ec_agents.agents.at_most_once import once_where_destructive
 from ec_agents.agents.quiet_model import is_configurable
-from ec_agents.agents.step import (
-    Write,
-    announce,
-    chosen_message,
-    decide,
-    describe_failure,
-    packed,
-    reading_state,
-    record_step,
-    stream_writer,
-    unpacked,
-    without_logprobs,
-)
+from ec_agents.agents.state import CentroidState, check_state_schema, pack_candidates, state_value, unpack_candidates
+from ec_agents.agents.step import Write, announce, chosen_message, decide, record_step, stream_writer
 from ec_agents.agents.step_request import StepModel, StepRequest, calling, check_action_format
-from ec_agents.candidates import FORMAT, Candidate, CandidateSet
-from ec_agents.errors import FailedCall, StateError
-from ec_agents.messages import invalid_action, message_candidate
+from ec_agents.agents.tool_calls import ToolChecks, answered
+from ec_agents.candidates import Candidate
+from ec_agents.errors import ConfigError
+from ec_agents.messages import message_candidate
 from ec_agents.policy import SamplingPolicy, as_policy
 from ec_agents.sampling import run_blocking
 from ec_agents.scoring import Scorer
@@ -57,109 +41,108 @@ from ec_agents.selection import Selector, as_selector
 from ec_agents.servers.json_actions import ActionFormat
 from ec_agents.trace import TraceWriter, as_trace_writer
 
+End = Literal["__end__"]
 Tool = BaseTool | Callable[..., Any] | dict[str, Any]
-State = Mapping[str, Any]
-
-
-class CentroidState(TypedDict, total=False):
-    """The state that the nodes work on; extend it with keys of your own."""
-
-    messages: Annotated[list[AnyMessage], add_messages]
-    """The conversation; of each step's candidates only the chosen one."""
-    ec_candidates: dict[str, Any] | None
-    """Between ``sample`` and ``score``: the candidates, packed (``unpack_candidates`` reads them). Otherwise None."""
-    ec_decision: dict[str, Any]
-    """After ``score``: the selection, and what each candidate would have done."""
+Model = Runnable[LanguageModelInput, AIMessage]
+Prompt = str | SystemMessage | None
 
 
 class SamplingNode(Runnable[Any, dict[str, Any]]):
-    """The node that draws N candidates from the model.
+    """The node that samples N candidates from the model.
+
+    It reads ``messages`` from the state, or ``llm_input_messages`` where a node before it wrote any.
 
     Args:
-        model: A chat model whose messages carry log-probabilities in OpenAI's form; ``.bind(...)`` is fine.
+        model: A chat model whose messages carry log-probabilities in OpenAI's form; ``.bind(...)`` is fine. Or a
+            function of the state, synchronous or not, that returns the model of each step.
         n: How many candidates.
         tools: Tools to bind. Calls of other tools, or with arguments that do not fit, become flaws.
-        top_logprobs: Alternatives to ask for at each token; None asks for nothing and leaves the model as it is.
-        system_prompt: Put before the messages, not stored in them.
+        top_logprobs: Alternatives to request per token; None requests nothing and leaves the model as it is.
+        system_prompt: Sent before the messages, not stored in them; or a function of the state, synchronous or not,
+            that returns it. The function may call LangGraph's ``get_runtime()`` for the context of the run.
         action_format: ``native`` tool calls; ``json``: actions as JSON in the content, where their tokens are measured;
             ``auto``: ``json`` where tool calls carry no log-probabilities.
         policy: Timeouts, retries, hedging and limits of a step; a number is the timeout of a call in seconds.
 
     Raises:
-        ConfigError: An argument is out of range, the model is no chat model, or its temperature is 0 with several
-            candidates.
+        ConfigError: An argument is out of range or of the wrong type, the model is not a chat model, or its temperature
+            is 0 with several candidates; at run time, if a function returned the model.
         UnsupportedLogprobs: The provider cannot return what is to be measured; also at run time.
         LogprobsMissing: At run time: the first responses of a server show that it does not return it.
-        ActionError: At run time: no answer is the JSON that was asked for, or the server refuses to be asked for it.
+        ActionError: At run time: no response is the JSON that was requested, or the server refuses the request.
         SamplingError: At run time: fewer than ``min_candidates`` calls succeeded.
     """
 
     def __init__(
         self,
-        model: Runnable[LanguageModelInput, AIMessage],
+        model: Model | Callable[[Any], Model | Awaitable[Model]],
         *,
         n: int,
         tools: Sequence[Tool] = (),
         top_logprobs: int | None = 20,
-        system_prompt: str | SystemMessage | None = None,
+        system_prompt: Prompt | Callable[[Any], Prompt | Awaitable[Prompt]] = None,
         action_format: ActionFormat = "auto",
         policy: SamplingPolicy | float | None = None,
     ) -> None:
-        policy = as_policy(policy)
-        policy.check(n)
+        self._policy = as_policy(policy)
+        self._policy.check(n)
+        check_action_format(action_format)
+        if not (system_prompt is None or isinstance(system_prompt, str | SystemMessage) or callable(system_prompt)):
+            found = type(system_prompt).__name__
+            raise ConfigError(f"system_prompt must be a str, a SystemMessage or a function of the state; found {found}")
         self.name = "sample"
         self.n = n
-        self._bound, self._policy = tools, policy
-        self._tools = _tools_by_name(tools)
-        check_action_format(action_format)
-        self._prepare = partial(StepModel, model, top_logprobs=top_logprobs, action_format=action_format)
-        # Which model a configurable one stands for is known only in a run.
-        self._fixed = None if is_configurable(model) else self._prepared(None)
-        self._prompt = [SystemMessage(system_prompt)] if isinstance(system_prompt, str) else [system_prompt]
+        self._prompt = system_prompt
+        self._tools = tools
+        self._checks = ToolChecks(tools)
+        self._prepare = partial(StepModel, top_logprobs=top_logprobs, action_format=action_format)
+        self._model = model
+        # Which model a configurable one, or a function of the state, stands for is known only in a run.
+        varies = is_configurable(model) or (callable(model) and not isinstance(model, Runnable))
+        self._fixed = None if varies else self._prepared(model)
 
-    def invoke(self, input: State, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:  # noqa: A002, ARG002
-        """Draw the candidates from synchronous code."""
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:  # noqa: A002, ARG002
+        """Sample the candidates from synchronous code."""
         write = stream_writer()
         return run_blocking(lambda: self._draw(input, config, write))
 
-    async def ainvoke(self, input: State, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:  # noqa: A002, ARG002
-        """Draw the candidates."""
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:  # noqa: A002, ARG002
+        """Sample the candidates."""
         return await self._draw(input, config, stream_writer())
 
-    async def _draw(self, state: State, config: RunnableConfig | None, write: Write) -> dict[str, Any]:
+    async def _draw(self, state: Any, config: RunnableConfig | None, write: Write) -> dict[str, Any]:
         started = time.perf_counter()
-        prompt = [message for message in self._prompt if message is not None]
-        messages: list[BaseMessage] = [*prompt, *state["messages"]]
-        model, request = self._fixed or self._prepared(config)
+        model, request = self._fixed or self._prepared(await _of_state(self._model, state), config)
+        prompt = await _of_state(self._prompt, state)
+        messages = [SystemMessage(prompt)] if isinstance(prompt, str) else [prompt] if prompt is not None else []
+        messages += state_value(state, "llm_input_messages") or state_value(state, "messages") or []
         drawn = await request.draw(calling(messages, merge_configs(model.config, config)), write=write)
         return {"ec_candidates": {**pack_candidates(drawn), "seconds": time.perf_counter() - started}}
 
-    def _prepared(self, run: RunnableConfig | None) -> tuple[StepModel, StepRequest]:
-        """Return the model and what to ask it, refusing what cannot work."""
-        model = self._prepare(run)
-        options = model.with_tools(self._bound) if self._bound else model.options
-        request = StepRequest(model, options, self.n, policy=self._policy, parse=self._parse)
+    def _prepared(self, model: object, run: RunnableConfig | None = None) -> tuple[StepModel, StepRequest]:
+        """Return the model and what to ask it; refuse what cannot work."""
+        prepared = self._prepare(model, run)
+        options = prepared.with_tools(self._tools) if self._tools else prepared.options
+        request = StepRequest(prepared, options, self.n, policy=self._policy, parse=self._parse)
         request.refuse()
-        return model, request
+        return prepared, request
 
     def _parse(self, response: AIMessage, index: int) -> Candidate:
-        candidate = message_candidate(response, index)
-        problem = invalid_action(candidate, self._tools) if self._tools else None
-        if problem is None or "invalid_action" in candidate.flaws:
-            return candidate
-        return replace(candidate, flaws={**candidate.flaws, "invalid_action": problem})
+        return self._checks.checked(message_candidate(response, index))
 
 
 class CentroidScorerNode(Runnable[Any, dict[str, Any]]):
     """The node that ranks the candidates and lets the chosen message, and only that one, into ``messages``.
 
-    The message's ``response_metadata["ec_agents"]`` says scores, chosen, margin, reason, and the usage of all N.
+    The message's ``response_metadata["ec_agents"]`` holds scores, the chosen index, margin, reason, and the usage of
+    all N. Tool calls of the message that cannot be decoded are answered with an error, which the model sees next.
 
     Args:
         selector: A ``Selector``, a scorer or vote, or a name such as ``"majority"``; by default the lowest entropy
             centroid.
         trace: Records every step: a ``TraceWriter`` or the path of a file. ``metadata`` of the configuration may name
             the run (``ec_run``) and its task (``ec_task``).
+        author: The ``name`` of the chosen messages, for conversations of several agents.
 
     Raises:
         SelectionError: At run time: nothing could be scored, and the selector's fallback is ``"raise"``.
@@ -167,43 +150,67 @@ class CentroidScorerNode(Runnable[Any, dict[str, Any]]):
     """
 
     def __init__(
-        self, selector: Selector | Scorer | str | None = None, *, trace: TraceWriter | str | Path | None = None
+        self,
+        selector: Selector | Scorer | str | None = None,
+        *,
+        trace: TraceWriter | str | Path | None = None,
+        author: str | None = None,
     ) -> None:
         self.name = "score"
         self.selector = as_selector(selector)
         self.trace = as_trace_writer(trace)
+        self.author = author
 
-    def invoke(self, input: State, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:  # noqa: A002, ARG002
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:  # noqa: A002, ARG002
         """Choose among the candidates in the state."""
-        drawn = unpack_candidates(input.get("ec_candidates"))
+        waiting = state_value(input, "ec_candidates")
+        drawn = unpack_candidates(waiting)
         selection, record, decision = decide(self.selector, drawn, stream_writer())
         if self.trace is not None:
-            seconds = input["ec_candidates"].get("seconds")
-            previous = input.get("ec_decision")
+            seconds, previous = waiting.get("seconds"), state_value(input, "ec_decision")
             decision |= record_step(self.trace, drawn, selection, config=config, previous=previous, seconds=seconds)
-        message = chosen_message(drawn.messages[selection.chosen], record)
+        chosen = chosen_message(drawn.messages[selection.chosen], record)
+        if self.author is not None:
+            chosen.name = self.author
+        message, *errors = answered(chosen)
         callbacks = ensure_config(config).get("callbacks")
-        run_blocking(lambda: announce(message, input.get("messages", []), callbacks))
-        return {"messages": [message], "ec_candidates": None, "ec_decision": decision}
+        run_blocking(lambda: announce(cast("AIMessage", message), state_value(input, "messages") or [], callbacks))
+        return {"messages": [message, *errors], "ec_candidates": None, "ec_decision": decision}
 
 
-def route_selected(state: State) -> Literal["tools", "__end__"]:
-    """The edge after the choice: to ``tools`` if the chosen message calls any, otherwise to the end."""
-    last = state["messages"][-1] if state["messages"] else None
-    return "tools" if isinstance(last, AIMessage) and last.tool_calls else "__end__"
+def route_selected(state: Any, *, to: str = "tools", elsewhere: Collection[str] = ()) -> list[Send] | End:
+    """The edge after the choice: each tool call of the chosen message to the tools, otherwise to the end.
+
+    Each call is a task of its own, as in LangChain's agents. A message whose calls are all answered, because none could
+    be decoded, passes through the tools without calling any, so that the model sees the errors.
+
+    Args:
+        state: The state of the graph.
+        to: Name of the node that runs tools: a ``ToolNode``, or a node that takes a list of one tool call.
+        elsewhere: Names of tools that run outside the graph, for example in the user interface. Their calls are left
+            to the caller, who adds the results to ``messages``.
+    """
+    calls, answers = _last_calls(state)
+    done = {answer.tool_call_id for answer in answers}
+    pending = [call for call in calls if call["id"] not in done]
+    here = [call for call in pending if call["name"] not in elsewhere]
+    if calls and not pending:
+        return [Send(to, [AIMessage("")])]
+    return [Send(to, [call]) for call in here] or "__end__"
 
 
 def create_centroid_agent(
-    model: Runnable[LanguageModelInput, AIMessage],
+    model: Model | Callable[[Any], Model | Awaitable[Model]],
     tools: Sequence[Tool] | ToolNode = (),
     *,
     n: int = 8,
     selector: Selector | Scorer | str | None = None,
     top_logprobs: int | None = 20,
-    system_prompt: str | SystemMessage | None = None,
+    system_prompt: Prompt | Callable[[Any], Prompt | Awaitable[Prompt]] = None,
     action_format: ActionFormat = "auto",
     policy: SamplingPolicy | float | None = None,
     trace: TraceWriter | str | Path | None = None,
+    pre_model_hook: Runnable[Any, Any] | Callable[..., Any] | None = None,
     state_schema: type[Any] = CentroidState,
     context_schema: type[Any] | None = None,
     checkpointer: BaseCheckpointSaver[Any] | bool | None = None,
@@ -213,35 +220,40 @@ def create_centroid_agent(
     recursion_limit: int | None = None,
     name: str | None = None,
 ) -> CompiledStateGraph[Any, Any, Any, Any]:
-    """An agent that draws N answers at every step and acts on the one with the lowest entropy centroid.
+    """Create an agent that samples N responses at every step and acts on the one with the lowest entropy centroid.
 
     Args:
-        model: A chat model whose messages carry log-probabilities in OpenAI's form.
-        tools: Tools, functions or provider tool dicts; or a ``ToolNode`` of one's own. A tool that raises is answered
-            with its error, so that the model can react; a ``ToolNode`` of one's own decides for itself.
-        n: Candidates a step.
+        model: A chat model whose messages carry log-probabilities in OpenAI's form; or a function of the state that
+            returns the model of each step.
+        tools: Tools, functions or tool dicts; or a ``ToolNode``. Tools given as dicts run elsewhere: at the provider,
+            or in the user interface, whose calls end the run, so that the caller can add their results. If a tool
+            raises, the error is returned to the model; a ``ToolNode`` decides for itself.
+        n: Candidates per step.
         selector: A ``Selector``, a scorer or vote, or a name such as ``"majority"``; by default the lowest entropy
             centroid.
-        top_logprobs: Alternatives to ask for at each token; None asks for nothing and leaves the model as it is.
-        system_prompt: Put before the messages at every step, not stored in them.
+        top_logprobs: Alternatives to request per token; None requests nothing and leaves the model as it is.
+        system_prompt: Sent before the messages at every step, not stored in them; or a function of the state that
+            returns it.
         action_format: ``native`` tool calls; ``json``: actions as JSON in the content, where their tokens are measured;
             ``auto``: ``json`` where the provider's tool calls carry no log-probabilities.
         policy: Timeouts, first k, hedging, retries and limits of a step; a number is the timeout of a call in seconds.
         trace: Records every step; see ``CentroidScorerNode``.
-        state_schema: ``CentroidState`` or an extension of it.
+        pre_model_hook: A node before ``sample`` at every step. It may return ``llm_input_messages``, which the model
+            receives in place of ``messages``, or update any other key.
+        state_schema: ``CentroidState`` or an extension of it; a dataclass or pydantic model with the same keys.
         context_schema: Type of the run-time context that tools may read.
-        checkpointer: Keeps the state of each thread; needed for interrupts and for going on after a crash.
+        checkpointer: Keeps the state of each thread; needed for interrupts and for resuming after a crash.
         store: Long-term store that tools may read.
-        interrupt_before: Nodes to stop before; ``["tools"]`` lets a person see ``ec_decision`` before anything is done.
+        interrupt_before: Nodes to stop before; with ``["tools"]``, a person sees ``ec_decision`` before a tool runs.
         interrupt_after: Nodes to stop after.
-        recursion_limit: Supersteps a run may take; one step of the agent is three: sample, score, tools.
-        name: Name of the graph.
+        recursion_limit: Supersteps a run may take; one step of the agent takes three: sample, score, tools.
+        name: Name of the graph, and ``name`` of the messages that the agent adds.
 
     Returns:
         A compiled graph: ``invoke``, ``ainvoke``, ``stream``, …
 
     Raises:
-        ConfigError: An argument is out of range, or the model is no chat model.
+        ConfigError: An argument is out of range, the model is not a chat model, or the state schema lacks a key.
         UnsupportedLogprobs: The provider cannot return what is to be measured.
 
     Example:
@@ -252,25 +264,25 @@ def create_centroid_agent(
         >>> sorted(state["messages"][-1].response_metadata["ec_agents"]["scores"])
         ['0', '1', '2', '3']
     """
-    node = tools if isinstance(tools, ToolNode) else _tool_node(tools)
-    bound = list(tools.tools_by_name.values()) if isinstance(tools, ToolNode) else tools
+    check_state_schema(state_schema, hook=pre_model_hook is not None)
     sampling = SamplingNode(
         model,
         n=n,
-        tools=bound,
+        tools=list(tools.tools_by_name.values()) if isinstance(tools, ToolNode) else tools,
         top_logprobs=top_logprobs,
         system_prompt=system_prompt,
         action_format=action_format,
         policy=policy,
     )
     graph = StateGraph[Any, Any, Any, Any](state_schema, context_schema)
-    graph.add_node("sample", sampling).add_node("score", CentroidScorerNode(selector, trace=trace))
-    graph.add_edge(START, "sample").add_edge("sample", "score")
-    if node is None:
-        graph.add_edge("score", END)
-    else:
-        graph.add_node("tools", node).add_edge("tools", "sample")
-        graph.add_conditional_edges("score", route_selected, ["tools", END])
+    graph.add_node("sample", sampling).add_node("score", CentroidScorerNode(selector, trace=trace, author=name))
+    graph.add_edge("sample", "score")
+    first = "sample"
+    if pre_model_hook is not None:
+        first = "pre_model_hook"
+        graph.add_node(first, pre_model_hook).add_edge(first, "sample")
+    graph.add_edge(START, first)
+    _add_tools(graph, tools, first)
     agent = graph.compile(
         checkpointer=checkpointer,
         store=store,
@@ -281,41 +293,24 @@ def create_centroid_agent(
     return agent if recursion_limit is None else agent.with_config(recursion_limit=recursion_limit)
 
 
-def pack_candidates(drawn: CandidateSet) -> dict[str, Any]:
-    """Candidates, their messages without log-probabilities, and the failures, as builtins for the state."""
-    rows = [(c.to_builtins(), message_to_dict(without_logprobs(drawn.messages[c.index]))) for c in drawn.candidates]
-    failures = {str(i): describe_failure(failure) for i, failure in drawn.failures.items()}
-    return {
-        "format": FORMAT,
-        "failures": failures,
-        "spent": dict(drawn.spent),
-        "packed": packed(rows),
-    }
-
-
-def unpack_candidates(state: Mapping[str, Any] | None) -> CandidateSet:
-    """Undo ``pack_candidates``; failures come back as ``FailedCall``.
-
-    Raises:
-        StateError: There are no candidates, another version packed them, or they are damaged.
-    """
-    if not state:
-        raise StateError("no candidates found in the state (ec_candidates); a SamplingNode must run before this node")
-    if state.get("format") != FORMAT:
-        raise StateError(
-            f"candidates in format {state.get('format')!r} found in the state, {FORMAT} needed: another version of "
-            "ec_agents wrote this checkpoint; finish the run with that version, or start the step again"
-        )
-    with reading_state():
-        rows = unpacked(state.get("packed", b""), list[tuple[dict[str, Any], dict[str, Any]]])
-        candidates = [Candidate.from_builtins(data) for data, _ in rows]
-        messages = messages_from_dict([message for _, message in rows])
-        return CandidateSet(
-            candidates=candidates,
-            messages={c.index: message for c, message in zip(candidates, messages, strict=True)},
-            failures={int(i): FailedCall(text) for i, text in state.get("failures", {}).items()},
-            spent=state.get("spent", {}),
-        )
+def _add_tools(graph: StateGraph[Any, Any, Any, Any], tools: Sequence[Tool] | ToolNode, first: str) -> None:
+    """Add the tools, the edges to them, and those back to the first node of a step."""
+    elsewhere = () if isinstance(tools, ToolNode) else ToolChecks([t for t in tools if isinstance(t, dict)]).names
+    node = tools if isinstance(tools, ToolNode) else _tool_node(tools)
+    if node is None and not elsewhere:
+        graph.add_edge("score", END)
+        return
+    if node is None:
+        graph.add_conditional_edges("score", partial(_route_errors, to=first), [first, END])
+        return
+    graph.add_node("tools", node)
+    graph.add_conditional_edges("score", partial(route_selected, elsewhere=elsewhere), ["tools", END])
+    direct = {tool.name for tool in node.tools_by_name.values() if tool.return_direct}
+    if direct or elsewhere:
+        back = partial(_route_results, to=first, direct=direct, elsewhere=elsewhere)
+        graph.add_conditional_edges("tools", back, [first, END])
+    else:
+        graph.add_edge("tools", first)
 
 
 def _tool_node(tools: Sequence[Tool]) -> ToolNode | None:
@@ -323,6 +318,37 @@ def _tool_node(tools: Sequence[Tool]) -> ToolNode | None:
     return ToolNode(own, handle_tool_errors=True) if own else None
 
 
-def _tools_by_name(tools: Sequence[Tool]) -> Mapping[str, BaseTool]:
-    node = _tool_node(tools)
-    return {} if node is None else node.tools_by_name
+def _last_calls(state: Any) -> tuple[list[ToolCall], list[ToolMessage]]:
+    """The tool calls of the last message of the model, and the results after it."""
+    answers: list[ToolMessage] = []
+    for message in reversed(state_value(state, "messages") or []):
+        if isinstance(message, AIMessage):
+            return message.tool_calls, answers
+        if not isinstance(message, ToolMessage):
+            break
+        answers.append(message)
+    return [], []
+
+
+def _route_results(state: Any, *, to: str, direct: Collection[str], elsewhere: Collection[str]) -> str:
+    """The edge after the tools: to the end if all of them return directly, or a result is to come from elsewhere."""
+    calls, answers = _last_calls(state)
+    done = {answer.tool_call_id for answer in answers}
+    waits = any(call["name"] in elsewhere and call["id"] not in done for call in calls)
+    failed = any(answer.status == "error" for answer in answers)
+    returns = bool(calls) and not failed and all(call["name"] in direct for call in calls)
+    return END if waits or returns else to
+
+
+def _route_errors(state: Any, *, to: str) -> str:
+    """The edge after the choice where no tool runs in the graph: back to the model if no call could be decoded."""
+    calls, answers = _last_calls(state)
+    return to if calls and len(answers) == len(calls) else END
+
+
+async def _of_state(given: Any, state: Any) -> Any:
+    """What was given, or what the function that was given returns for the state."""
+    if not callable(given) or isinstance(given, Runnable | BaseMessage):
+        return given
+    found: Any = given(state)
+    return await found if isawaitable(found) else found

@@ -24,17 +24,15 @@ from langchain_core.tools import BaseTool
 from langgraph.func import task
 from langgraph.types import Command
 
+from ec_agents.agents.packing import packed, reading_state, unpacked
 from ec_agents.agents.running_task import check_durability, refuse_other_candidates, unanswered
 from ec_agents.agents.step import (
     Write,
     announce,
     chosen_message,
     decide,
-    packed,
-    reading_state,
     record_step,
     stream_writer,
-    unpacked,
     without_logprobs,
 )
 from ec_agents.agents.step_request import Options, StepModel, StepRequest, check_action_format, remembering
@@ -62,7 +60,7 @@ except ImportError as error:
 
 Request = ModelRequest[Any]
 Response = ModelResponse[Any]
-Stored = tuple[bytes, Any]
+Stored = tuple[str, Any]
 
 _TASK = "ec_sample"
 """Name of the LangGraph tasks of a durable step."""
@@ -353,7 +351,7 @@ def _action_problem(response: Response, candidate: Candidate, tools: Mapping[str
 
 
 def _pack(answer: _Answer) -> Stored:
-    """An answer for the checkpoint. Bytes, because LangGraph would stream messages in a task's result to the user."""
+    """An answer for the checkpoint. Text, because LangGraph would stream messages in a task's result to the user."""
     rows = (
         answer.candidate.to_builtins(),
         [message_to_dict(without_logprobs(m) if isinstance(m, AIMessage) else m) for m in answer.response.result],
@@ -369,7 +367,7 @@ def _unpack(stored: Stored, index: int) -> _Answer:
         StateError: It is damaged, or another version's.
     """
     with reading_state():
-        data, found, problem = unpacked(stored[0], tuple[dict[str, Any], list[Any], str | None])
+        [(data, found, problem)] = unpacked(stored[0], tuple[dict[str, Any], list[Any], str | None])
         messages = messages_from_dict(found)
         message = next(m for m in messages if isinstance(m, AIMessage))
         return _Answer(

@@ -1,13 +1,10 @@
 """One step as the graph, the middleware and the chat model share it: its events, its evidence, its telemetry."""
 
 import logging
-import zlib
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 from uuid import uuid4
 
-import msgspec
 from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackManager, Callbacks
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, LLMResult
@@ -18,16 +15,14 @@ from langgraph.constants import TAG_NOSTREAM
 
 from ec_agents.agents.quiet_model import is_stream
 from ec_agents.agents.telemetry import choice_span
-from ec_agents.candidates import Candidate, CandidateSet, Selection, Step, add_usage, storable
-from ec_agents.errors import FailedCall, StateError, TraceError
+from ec_agents.candidates import Candidate, CandidateSet, Selection, Step, add_usage
+from ec_agents.errors import FailedCall, TraceError
 from ec_agents.messages import SIGNALS_KEY
 from ec_agents.selection import Selector
 from ec_agents.trace import TraceWriter
 
 Write = Callable[[dict[str, Any]], None]
 """Takes one ``custom`` event."""
-
-_T = TypeVar("_T")
 
 
 def stream_writer() -> Write:
@@ -54,45 +49,6 @@ def decide(selector: Selector, drawn: CandidateSet, write: Write) -> tuple[Selec
     decision = {**record, "candidates": {str(c.index): shortened(outline(c)) for c in drawn.candidates}}
     write({"ec_agents": "choice", **decision})
     return selection, record, decision
-
-
-def packed(data: object) -> bytes:
-    """Data for a checkpoint, which holds some of it twice: a candidate's text is its message's. Objects become text."""
-    try:
-        encoded = msgspec.msgpack.encode(data, enc_hook=str)
-    except (UnicodeEncodeError, OverflowError, RecursionError):  # servers and models write anything
-        encoded = msgspec.msgpack.encode(storable(data), enc_hook=str)
-    return zlib.compress(encoded, level=1)
-
-
-LARGEST_STATE = 1 << 29
-"""Bytes that the candidates of a step may take up when they are unpacked: 64 candidates have 8 MB each."""
-
-
-def unpacked(data: bytes, kind: type[_T]) -> _T:
-    """Undo ``packed``.
-
-    Raises:
-        StateError: The bytes are damaged, hold no data of this kind, or expand to more than ``LARGEST_STATE``.
-    """
-    try:
-        expanding = zlib.decompressobj()
-        encoded = expanding.decompress(data, LARGEST_STATE)
-        if not expanding.eof:
-            found = "they are torn" if not expanding.unconsumed_tail else f"more than {LARGEST_STATE} bytes found"
-            raise StateError(f"the candidates in the checkpoint are damaged: {found}")
-        return msgspec.msgpack.decode(encoded, type=kind)
-    except (TypeError, ValueError, RecursionError, zlib.error, msgspec.DecodeError) as error:
-        raise StateError(f"the candidates in the checkpoint are damaged: {error}") from error
-
-
-@contextmanager
-def reading_state() -> Generator[None]:
-    """Raise ``StateError`` for whatever damaged contents of a checkpoint make other code raise."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError, NotImplementedError, StopIteration) as error:
-        raise StateError(f"the candidates in the checkpoint are damaged: {type(error).__name__}: {error}") from error
 
 
 def chosen_message(message: AIMessage, record: dict[str, Any]) -> AIMessage:

@@ -17,7 +17,8 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from ec_agents.agents.graph import create_centroid_agent, unpack_candidates
+from ec_agents.agents.graph import create_centroid_agent
+from ec_agents.agents.state import unpack_candidates
 from ec_agents.candidates import Candidate, TokenSignals
 from ec_agents.cli.terminal import printable
 from ec_agents.embedded.tasks import Task, find_solution, make_tasks, replay

@@ -14,8 +14,9 @@ from langgraph.pregel import Pregel
 from langgraph.types import StateSnapshot
 from pydantic import PrivateAttr
 
-from ec_agents.agents.graph import create_centroid_agent, unpack_candidates
+from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.agents.quiet_model import logprobs_settings, sampling_model
+from ec_agents.agents.state import unpack_candidates
 from ec_agents.agents.step import describe_failure
 from ec_agents.agents.step_request import StepModel, StepRequest
 from ec_agents.candidates import Selection, Step, add_usage

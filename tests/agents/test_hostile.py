@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from langchain.agents import create_agent
@@ -17,9 +18,10 @@ from langgraph.checkpoint.memory import InMemorySaver
 from pydantic import PrivateAttr
 
 from ec_agents.agents.chat_model import CentroidChatModel
-from ec_agents.agents.graph import create_centroid_agent, pack_candidates, unpack_candidates
+from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.agents.middleware import EntropyCentroidMiddleware
-from ec_agents.agents.step import LARGEST_STATE, packed, unpacked
+from ec_agents.agents.packing import LARGEST_STATE, _as_text, packed, unpacked
+from ec_agents.agents.state import pack_candidates, unpack_candidates
 from ec_agents.candidates import CandidateSet
 from ec_agents.errors import StateError
 from ec_agents.messages import SIGNALS_KEY, message_candidate
@@ -184,19 +186,20 @@ def test_any_message_becomes_a_candidate_that_a_checkpoint_holds(metadata: Any, 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_damaged_state_is_a_state_error(data: st.DataObject):
-    """A changed byte, or a changed field of what is packed, is read or raises StateError."""
+    """A changed character, or a changed field of what is packed, is read or raises StateError."""
     message = AIMessage(**said())
     candidate = message_candidate(message, 0)
     state = pack_candidates(CandidateSet(candidates=[candidate], messages={0: message}))
     if data.draw(st.booleans()):
-        packed_bytes = bytearray(state["packed"])
-        packed_bytes[data.draw(st.integers(0, len(packed_bytes) - 1))] = data.draw(st.integers(0, 255))
-        state["packed"] = bytes(packed_bytes)
+        text = state["packed"]
+        at = data.draw(st.integers(0, len(text) - 1))
+        state["packed"] = text[:at] + data.draw(st.characters()) + text[at + 1 :]
     else:
-        [[fields, stored]] = unpacked(state["packed"], list[Any])
+        [[[fields, stored]], lengths, *planes] = unpacked(state["packed"], list[Any], list[Any], *[bytes] * 4)
         place = data.draw(st.sampled_from([fields, stored, stored["data"]]))
         place[data.draw(st.sampled_from(sorted(place)))] = data.draw(VALUES)
-        state["packed"] = packed([(fields, stored)])
+        lengths[0] = data.draw(VALUES | st.just(lengths[0]))
+        state["packed"] = packed([(fields, stored)], lengths, *planes)
     with suppress(StateError):
         unpack_candidates(state)
 
@@ -206,4 +209,4 @@ def test_state_that_expands_without_end():
     bomb = zlib.compressobj(9)
     data = b"".join(bomb.compress(bytes(1 << 20)) for _ in range(LARGEST_STATE >> 20)) + bomb.compress(b"1")
     with pytest.raises(StateError, match=f"more than {LARGEST_STATE} bytes"):
-        unpacked(data + bomb.flush(), list[Any])
+        unpacked(_as_text(msgspec.msgpack.encode([data + bomb.flush()])), list[Any])

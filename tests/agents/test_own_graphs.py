@@ -18,7 +18,8 @@ from langgraph.prebuilt import InjectedState, ToolNode
 from langgraph.runtime import Runtime
 from langgraph.types import Command, RetryPolicy
 
-from ec_agents.agents.graph import CentroidScorerNode, CentroidState, SamplingNode, route_selected
+from ec_agents.agents.graph import CentroidScorerNode, SamplingNode, route_selected
+from ec_agents.agents.state import CentroidState
 from ec_agents.errors import SamplingError
 from ec_agents.policy import SamplingPolicy
 from ec_agents.testing import Reply, ScriptedChatModel
