@@ -98,7 +98,7 @@ class SamplingNode(Runnable[Any, dict[str, Any]]):
         self._prepare = partial(StepModel, top_logprobs=top_logprobs, action_format=action_format)
         self._model = model
         # Which model a configurable one, or a function of the state, stands for is known only in a run.
-        varies = is_configurable(model) or (callable(model) and not isinstance(model, Runnable))
+        varies = is_configurable(model) or (callable(model) and not isinstance(cast("Any", model), Runnable))
         self._fixed = None if varies else self._prepared(model)
 
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:  # noqa: A002, ARG002
@@ -195,7 +195,7 @@ def route_selected(state: Any, *, to: str = "tools", elsewhere: Collection[str] 
     pending = [call for call in calls if call["id"] not in done]
     here = [call for call in pending if call["name"] not in elsewhere]
     if calls and not pending:
-        return [Send(to, [AIMessage("")])]
+        return [Send(to, {"messages": [AIMessage("")]})]
     return [Send(to, [call]) for call in here] or "__end__"
 
 
@@ -349,6 +349,6 @@ def _route_errors(state: Any, *, to: str) -> str:
 async def _of_state(given: Any, state: Any) -> Any:
     """What was given, or what the function that was given returns for the state."""
     if not callable(given) or isinstance(given, Runnable | BaseMessage):
-        return given
+        return cast("Any", given)
     found: Any = given(state)
     return await found if isawaitable(found) else found

@@ -36,6 +36,7 @@ from ec_agents.agents.step import (
     without_logprobs,
 )
 from ec_agents.agents.step_request import Options, StepModel, StepRequest, check_action_format, remembering
+from ec_agents.agents.tool_calls import answered
 from ec_agents.candidates import Candidate, CandidateSet
 from ec_agents.errors import ConfigError
 from ec_agents.messages import SIGNALS_KEY, invalid_action, message_candidate
@@ -286,7 +287,9 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
             raise answer.error
         message = chosen_message(answer.message, record)
         await announce(message, step.request.messages, step.config.get("callbacks"))
-        result: list[BaseMessage] = [message if found is answer.message else found for found in answer.response.result]
+        result: list[BaseMessage] = []
+        for found in answer.response.result:
+            result += answered(message) if found is answer.message else [found]
         response = replace(answer.response, result=result)
         return ExtendedModelResponse(response, Command(update={"ec_decisions": [record]}))
 

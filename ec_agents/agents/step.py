@@ -15,7 +15,7 @@ from langgraph.constants import TAG_NOSTREAM
 
 from ec_agents.agents.quiet_model import is_stream
 from ec_agents.agents.telemetry import choice_span
-from ec_agents.candidates import Candidate, CandidateSet, Selection, Step, add_usage
+from ec_agents.candidates import Candidate, CandidateSet, Selection, Step, add_usage, storable
 from ec_agents.errors import FailedCall, TraceError
 from ec_agents.messages import SIGNALS_KEY
 from ec_agents.selection import Selector

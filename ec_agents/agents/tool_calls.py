@@ -165,7 +165,7 @@ def _check_of_schema(schema: Any) -> Check | None:
     if isinstance(schema, Mapping):
         return schema_check(cast("Mapping[str, Any]", schema))
     describe: Any = getattr(cast("Any", schema), "schema", None)  # a class of pydantic 1
-    return schema_check(describe()) if callable(describe) else None
+    return schema_check(cast("Any", describe())) if callable(describe) else None
 
 
 def _checks_of_dict(tool: Mapping[str, Any]) -> Iterator[tuple[str, Check | None]]:

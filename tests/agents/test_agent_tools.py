@@ -1,5 +1,6 @@
 """How tools run: ``create_centroid_agent`` and the wiring of the documentation, beside ``create_agent``."""
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -116,9 +117,16 @@ def test_one_answer_of_two(build: Build):
 def test_a_crash_beside_a_result(build: Build):
     """A tool that finished is not repeated after one beside it failed the run."""
     done: list[str] = []
+    stored = threading.Event()
 
     class Outage(BaseException):
         pass
+
+    class Saver(InMemorySaver):
+        def put_writes(self, config: Any, writes: Any, *args: Any, **kwargs: Any) -> None:
+            super().put_writes(config, writes, *args, **kwargs)
+            if "content='sent'" in str(writes):
+                stored.set()
 
     @tool
     def send() -> str:
@@ -129,13 +137,14 @@ def test_a_crash_beside_a_result(build: Build):
     @tool
     def fetch() -> str:
         """Fetch."""
+        stored.wait(30)
         done.append("fetched")
         if done.count("fetched") == 1:
             raise Outage
         return "fetched"
 
     replies = [calls(("send", {}), ("fetch", {})), Reply(content="done")]
-    agent = build(replies, [send, fetch], checkpointer=InMemorySaver())
+    agent = build(replies, [send, fetch], checkpointer=Saver())
     with pytest.raises(Outage):
         agent.invoke(ASK, THREAD, durability="sync")
     assert results(agent.invoke(None, THREAD)) == ["sent", "fetched"]

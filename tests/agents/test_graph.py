@@ -25,7 +25,7 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.errors import GraphRecursionError
 from langgraph.graph import END, START, StateGraph
 from langgraph.prebuilt import ToolNode
-from langgraph.types import Command, interrupt
+from langgraph.types import Command, Send, interrupt
 
 from ec_agents.agents.graph import (
     CentroidScorerNode,
@@ -518,16 +518,24 @@ def test_the_nodes_work_in_a_graph_of_ones_own():
     assert compiled.invoke(ASK)["seen"] == ["it is 3"]
 
 
+CALL: Any = {"name": "f", "args": {}, "id": "1", "type": "tool_call"}
+
+
 @pytest.mark.parametrize(
     ("messages", "target"),
     [
         ([], END),
         ([HumanMessage("hi")], END),
         ([AIMessage("done")], END),
-        ([AIMessage("", tool_calls=[{"name": "f", "args": {}, "id": "1"}])], "tools"),
+        ([AIMessage("", tool_calls=[CALL])], [Send("tools", [CALL])]),
+        (
+            [AIMessage("", tool_calls=[CALL]), ToolMessage("x", tool_call_id="1")],
+            [Send("tools", {"messages": [AIMessage("")]})],
+        ),
+        ([AIMessage("", tool_calls=[CALL]), HumanMessage("stop")], END),
     ],
 )
-def test_route_selected(messages: list[Any], target: str):
+def test_route_selected(messages: list[Any], target: Any):
     assert route_selected({"messages": messages}) == target
 
 

@@ -315,7 +315,7 @@ async def test_trap_18_tasks_show_no_message_to_any_stream():
         updates.extend([event] if mode == "updates" and "ec_sample" in event else ())
     assert [message.type for message in messages] == ["ai", "tool", "ai"]
     assert len(updates) == 6
-    assert all(isinstance(update["ec_sample"][0], bytes) for update in updates)
+    assert all(isinstance(update["ec_sample"][0], str) for update in updates)
 
 
 @EVERYWHERE
