@@ -1,18 +1,11 @@
-"""Stage 2 - parse: LangChain models and messages → candidates, and the record of a choice.
+"""Stage 2 - parse: what a call returned, a LangChain message or an OpenAI-style response → candidate.
 
-The graph, the middleware and the chat model all prepare their model, read its messages and report their choices here.
+LangChain is not imported: its messages are known by their attributes, so that ``sample`` works, and loads, without it.
 """
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar, cast
-
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.outputs import ChatGenerationChunk, ChatResult
-from langchain_core.tools import BaseTool
-from pydantic import BaseModel, ValidationError
+from typing import Any, Protocol, TypeGuard, cast
 
 from ec_agents.candidates import Candidate, storable
 from ec_agents.errors import LogprobsError, LogprobsMalformed
@@ -30,6 +23,40 @@ from ec_agents.logprobs import (
 )
 
 
+class Message(Protocol):
+    """What is read of a LangChain ``AIMessage``."""
+
+    @property
+    def text(self) -> str:
+        """Text of all content blocks."""
+        ...
+
+    @property
+    def tool_calls(self) -> Sequence[Any]:
+        """Tool calls with decoded arguments."""
+        ...
+
+    @property
+    def invalid_tool_calls(self) -> Sequence[Any]:
+        """Tool calls whose arguments could not be decoded."""
+        ...
+
+    @property
+    def response_metadata(self) -> dict[str, Any]:
+        """Finish reason, log-probabilities and whatever else the integration keeps of the response."""
+        ...
+
+    @property
+    def additional_kwargs(self) -> dict[str, Any]:
+        """Fields of the provider's own, such as ``refusal``."""
+        ...
+
+    @property
+    def usage_metadata(self) -> Any:
+        """Token counts, if reported."""
+        ...
+
+
 def as_candidate(response: object, index: int) -> Candidate:
     """A candidate from what a call returned.
 
@@ -42,7 +69,7 @@ def as_candidate(response: object, index: int) -> Candidate:
     """
     if isinstance(response, Candidate):
         return replace(response, index=index)
-    if isinstance(response, AIMessage):
+    if _is_message(response):
         return message_candidate(response, index)
     data = dumped(response)
     if not isinstance(data, Mapping):
@@ -59,14 +86,14 @@ def as_candidate(response: object, index: int) -> Candidate:
     return replace(first, index=index, usage=usage_counts(payload.get("usage")))
 
 
-def message_candidate(message: AIMessage, index: int) -> Candidate:
+def message_candidate(message: Message, index: int) -> Candidate:
     """A candidate from a LangChain message.
 
     Its signals are those that a model prepared by ``sampling_model`` packed, or those of the log-probabilities in
     OpenAI's form in ``response_metadata["logprobs"]``. Missing or malformed log-probabilities, undecodable tool calls,
     refusals and errors become flaws.
     """
-    metadata: dict[str, Any] = message.response_metadata
+    metadata = message.response_metadata
     flaws: dict[str, str] = {}
     try:
         signals = token_signals(metadata.get(SIGNALS_KEY) or metadata.get("logprobs"))
@@ -94,7 +121,12 @@ def message_candidate(message: AIMessage, index: int) -> Candidate:
     )
 
 
-def _text(message: AIMessage) -> str:
+def _is_message(response: object) -> TypeGuard[Message]:
+    """Tell whether the response is a LangChain ``AIMessage``, or a chunk or subclass of it."""
+    return hasattr(response, "invalid_tool_calls") and hasattr(response, "response_metadata")
+
+
+def _text(message: Message) -> str:
     try:
         return str(message.text)
     except (TypeError, AttributeError, KeyError, ValueError, RecursionError):
@@ -112,18 +144,18 @@ def _finish_reason(metadata: Mapping[str, Any]) -> str | None:
     return reason
 
 
-def invalid_action(candidate: Candidate, tools: Mapping[str, BaseTool]) -> str | None:
+def invalid_action(candidate: Candidate, tools: Mapping[str, Any]) -> str | None:
     """What is wrong with a candidate's tool calls, if anything."""
     for call in candidate.tool_calls:
         tool = tools.get(call["name"])
         if tool is None:
             return f"unknown tool {call['name']!r}; known: {', '.join(tools)}"
         schema = tool.tool_call_schema
-        if isinstance(schema, type) and issubclass(schema, BaseModel):
+        if isinstance(schema, type) and hasattr(schema, "model_validate"):
             try:
-                schema.model_validate(call["args"])
-            except ValidationError as error:
-                first = error.errors(include_url=False)[0]
+                cast("Any", schema).model_validate(call["args"])
+            except ValueError as error:  # pydantic's ValidationError
+                first = cast("Any", error).errors(include_url=False)[0]
                 where = ".".join(map(str, first["loc"])) or "arguments"
                 return f"arguments of {call['name']!r} do not fit: {where}: {first['msg']}"
     return None
@@ -149,52 +181,3 @@ def bound_action_problem(candidate: Candidate, tools: Sequence[Any]) -> str | No
 
 SIGNALS_KEY = "ec_signals"
 """Where ``response_metadata`` holds the packed signals, or why there are none."""
-
-
-_Model = TypeVar("_Model", bound=BaseChatModel)
-
-
-def copy_as(model: _Model, kind: type[BaseChatModel], **fields: Any) -> _Model:
-    """Copy a chat model, with other fields and as an instance of a subclass of its class.
-
-    Building the subclass anew would run the model's validators and open its clients again; pydantic forbids to set
-    ``__class__``, hence ``object.__setattr__``.
-    """
-    copy = model.model_copy(update=fields)
-    object.__setattr__(copy, "__class__", kind)
-    return copy
-
-
-class OneChunkModel(BaseChatModel):
-    """A chat model that streams its whole answer as one chunk."""
-
-    def _stream(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> Iterator[ChatGenerationChunk]:
-        chunk = _chunk(self._generate(messages, stop, run_manager, **kwargs))
-        if run_manager:
-            run_manager.on_llm_new_token(str(chunk.text), chunk=chunk)
-        yield chunk
-
-    async def _astream(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> AsyncIterator[ChatGenerationChunk]:
-        chunk = _chunk(await self._agenerate(messages, stop, run_manager, **kwargs))
-        if run_manager:
-            await run_manager.on_llm_new_token(str(chunk.text), chunk=chunk)
-        yield chunk
-
-
-def _chunk(result: ChatResult) -> ChatGenerationChunk:
-    """The first answer as a stream of one chunk."""
-    message = cast("AIMessage", result.generations[0].message)
-    fields = {name: getattr(message, name) for name in type(message).model_fields if name != "type"}
-    return ChatGenerationChunk(message=AIMessageChunk(**fields, chunk_position="last"))

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import os
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,8 +11,6 @@ from contextvars import ContextVar, copy_context
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, ParamSpec, TypeVar, cast
-
-from langgraph.errors import GraphBubbleUp
 
 from ec_agents.candidates import Candidate, CandidateSet
 from ec_agents.effort import Effort, check_effort, why
@@ -156,19 +155,20 @@ class _Sampling:
 
     async def _one(self, index: int, give_up_at: float) -> None:
         try:
-            send = partial(timed, lambda: self._call(index))
-            response, seconds = await respond(send, self._policy, self._gate, give_up_at)
-            candidate = with_seconds(self._parse(response, index), seconds)
-        except GraphBubbleUp:
-            raise
+            response, candidate = await respond(partial(self._answer, index), self._policy, self._gate, give_up_at)
         except (Exception, asyncio.CancelledError) as failure:
-            if _is_cancelled():
+            if _is_cancelled() or _is_interrupt(failure):
                 raise
             self._failed(index, failure)
         else:
             if not self._is_first_k():
                 self._drawn[index] = response, candidate
                 self._on_result(index, candidate)
+
+    async def _answer(self, index: int) -> tuple[Any, Candidate]:
+        """Make one call and parse its response: an error that the response reports is retried as a failed call is."""
+        response, seconds = await timed(lambda: self._call(index))
+        return response, with_seconds(self._parse(response, index), seconds)
 
     def _failed(self, index: int, failure: BaseException) -> None:
         self._failures[index] = failure
@@ -262,6 +262,12 @@ def _too_few(found: int, n: int, needed: int, failures: dict[int, BaseException]
     )
     error.__cause__ = first
     return error
+
+
+def _is_interrupt(failure: BaseException) -> bool:
+    """Tell whether this is an exception by which LangGraph steers a graph; there is none unless LangGraph is loaded."""
+    errors: Any = sys.modules.get("langgraph.errors")
+    return errors is not None and isinstance(failure, errors.GraphBubbleUp)
 
 
 def _is_cancelled() -> bool:

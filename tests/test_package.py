@@ -55,6 +55,12 @@ def test_the_numbers_know_no_framework():
     assert not set(FRAMEWORKS) & modules_after("from ec_agents import select, token_signals, entropy_centroid")
 
 
+def test_sampling_needs_no_agent_framework():
+    """``sample`` and ``select`` load neither LangGraph nor LangChain; four fifths of their import time."""
+    loaded = modules_after("from ec_agents import Agree, SamplingPolicy, as_candidate, sample, select")
+    assert not set(FRAMEWORKS) - {"asyncio"} & loaded
+
+
 def test_the_command_line_names_the_extra_that_it_needs():
     code = "import sys; sys.modules['typer'] = None; import ec_agents.cli.main"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -31,6 +31,12 @@ async def hang(index: int) -> AIMessage:
     raise AssertionError
 
 
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries come at once."""
+    monkeypatch.setattr("ec_agents.policy._FIRST_WAIT", 0.0)
+
+
 @pytest.mark.parametrize("n", [1, 8, 64])
 async def test_results_are_in_index_order(n: int):
     """Results are in index order, whatever the order of completion."""
@@ -253,6 +259,45 @@ def test_flaws_of_a_message_are_recorded():
     assert "arguments of 'f' are not a JSON object: '{'" in found.flaws["invalid_action"]
     assert found.signals is None
     assert found.usage is None
+
+
+@pytest.mark.parametrize("hedge_after", [None, 60.0])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"error": {"message": "overloaded", "code": 503}},
+        {**RESPONSE, "choices": [{**CHOICE, "error": {"message": "slow down", "type": "rate_limit_error"}}]},
+        {"object": "error", "message": "worker died", "code": 500},
+    ],
+)
+async def test_an_error_inside_a_success_is_retried_as_its_status_would_be(
+    broken: dict[str, Any], hedge_after: float | None, no_waiting: None
+):
+    """Servers and routers report errors with status 200; a retry costs one call of the same index."""
+    calls: list[int] = []
+
+    async def call(index: int) -> dict[str, Any]:
+        calls.append(index)
+        return broken if calls in ([0, 1], [0]) else RESPONSE
+
+    drawn = await sample(call, n=2, policy=SamplingPolicy(retries=1, hedge_after=hedge_after))
+    assert [c.index for c in drawn.candidates] == [0, 1]
+    assert sorted(calls) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"error": {"message": "no such model", "code": 404}}, {"error": {"type": "insufficient_quota"}}, "a text"],
+)
+async def test_what_a_retry_cannot_cure_is_not_retried(broken: Any):
+    calls: list[int] = []
+
+    async def call(index: int) -> Any:
+        calls.append(index)
+        return RESPONSE if index else broken
+
+    drawn = await sample(call, n=2, policy=SamplingPolicy(retries=3))
+    assert (calls, list(drawn.failures)) == ([0, 1], [0])
 
 
 _value: contextvars.ContextVar[str] = contextvars.ContextVar("_value")

@@ -29,11 +29,12 @@ from ec_agents.agents.step import chosen_message, decide, record_step, step_name
 from ec_agents.agents.step_request import StepModel, StepRequest, calling
 from ec_agents.candidates import Candidate, CandidateSet, Selection
 from ec_agents.errors import ConfigError
-from ec_agents.messages import OneChunkModel, bound_action_problem, message_candidate
+from ec_agents.messages import bound_action_problem, message_candidate
 from ec_agents.policy import as_policy
 from ec_agents.sampling import run_blocking
 from ec_agents.selection import as_selector
 from ec_agents.servers.json_actions import ActionFormat
+from ec_agents.servers.model_classes import OneChunkModel
 from ec_agents.trace import as_trace_writer
 
 _REMEMBERED = 1000

@@ -32,8 +32,9 @@ from langgraph.constants import TAG_NOSTREAM
 
 from ec_agents.errors import ConfigError, UnsupportedLogprobs
 from ec_agents.logprobs import is_packed, pack_logprobs, token_signals
-from ec_agents.messages import SIGNALS_KEY, copy_as
+from ec_agents.messages import SIGNALS_KEY
 from ec_agents.sampling import in_thread, may_be_given_up, run_blocking
+from ec_agents.servers.model_classes import copy_as
 from ec_agents.servers.redaction import hide_secrets
 
 _STREAM_OPTIONS = {"stream", "stream_options", "stream_usage"}

@@ -21,7 +21,7 @@ from langchain_core.utils.json_schema import dereference_refs
 
 from ec_agents.candidates import FINISHED
 from ec_agents.errors import ActionError, ConfigError
-from ec_agents.messages import copy_as
+from ec_agents.servers.model_classes import copy_as
 from ec_agents.servers.providers import endpoint_of
 
 ActionFormat = Literal["native", "json", "auto"]

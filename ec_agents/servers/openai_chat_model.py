@@ -26,8 +26,8 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
 from ec_agents.errors import ConfigError
-from ec_agents.messages import OneChunkModel
 from ec_agents.servers.http_clients import MAX_BODY_BYTES, ResponseLimits, async_http_client, http_client
+from ec_agents.servers.model_classes import OneChunkModel
 from ec_agents.servers.per_loop import PerLoop
 from ec_agents.servers.providers import Endpoint, capabilities, provider_of, provider_of_client
 from ec_agents.servers.redaction import HIDDEN, client_keys, hide_secrets
