@@ -144,40 +144,5 @@ def _finish_reason(metadata: Mapping[str, Any]) -> str | None:
     return reason
 
 
-def invalid_action(candidate: Candidate, tools: Mapping[str, Any]) -> str | None:
-    """What is wrong with a candidate's tool calls, if anything."""
-    for call in candidate.tool_calls:
-        tool = tools.get(call["name"])
-        if tool is None:
-            return f"unknown tool {call['name']!r}; known: {', '.join(tools)}"
-        schema = tool.tool_call_schema
-        if isinstance(schema, type) and hasattr(schema, "model_validate"):
-            try:
-                cast("Any", schema).model_validate(call["args"])
-            except ValueError as error:  # pydantic's ValidationError
-                first = cast("Any", error).errors(include_url=False)[0]
-                where = ".".join(map(str, first["loc"])) or "arguments"
-                return f"arguments of {call['name']!r} do not fit: {where}: {first['msg']}"
-    return None
-
-
-def bound_action_problem(candidate: Candidate, tools: Sequence[Any]) -> str | None:
-    """What is wrong with a candidate's tool calls, by the bound form of the tools: their names, and what they require.
-
-    Tools in another form than OpenAI's are the provider's own, and nothing is checked if there is one.
-    """
-    functions: list[Any] = [cast("Any", tool).get("function") if isinstance(tool, Mapping) else None for tool in tools]
-    known: dict[str, Any] = {function["name"]: function.get("parameters") or {} for function in functions if function}
-    if not known or not all(functions):
-        return None
-    for call in candidate.tool_calls:
-        if call["name"] not in known:
-            return f"unknown tool {call['name']!r}; known: {', '.join(known)}"
-        missing = [name for name in known[call["name"]].get("required", ()) if name not in call["args"]]
-        if missing:
-            return f"arguments of {call['name']!r} do not fit: {', '.join(missing)} missing"
-    return None
-
-
 SIGNALS_KEY = "ec_signals"
 """Where ``response_metadata`` holds the packed signals, or why there are none."""

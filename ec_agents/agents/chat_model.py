@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any, cast
@@ -27,9 +26,10 @@ from pydantic import PrivateAttr
 from ec_agents.agents.quiet_model import is_configurable
 from ec_agents.agents.step import chosen_message, decide, record_step, step_name, stream_writer
 from ec_agents.agents.step_request import StepModel, StepRequest, calling
+from ec_agents.agents.tool_calls import ToolChecks, ToolSets
 from ec_agents.candidates import Candidate, CandidateSet, Selection
 from ec_agents.errors import ConfigError
-from ec_agents.messages import bound_action_problem, message_candidate
+from ec_agents.messages import message_candidate
 from ec_agents.policy import as_policy
 from ec_agents.sampling import run_blocking
 from ec_agents.selection import as_selector
@@ -97,6 +97,7 @@ class CentroidChatModel(OneChunkModel):
     has one ``thread_id``, or one conversation. Its steps are numbered as they are recorded."""
 
     _step: StepModel = PrivateAttr()
+    _tool_sets: ToolSets = PrivateAttr(default_factory=ToolSets)
     _numbers: dict[str, Iterator[int]] = PrivateAttr(default_factory=dict[str, Iterator[int]])
 
     def __init__(self, model: Runnable[LanguageModelInput, AIMessage] | None = None, **fields: Any) -> None:
@@ -125,7 +126,10 @@ class CentroidChatModel(OneChunkModel):
     ) -> Runnable[LanguageModelInput, AIMessage]:
         """The model with tools, in the form that the asked model binds them in."""
         choice = {} if tool_choice is None else {"tool_choice": tool_choice}
-        return self.bind(**self._step.with_tools(tools, **choice, **kwargs))
+        bound = self._step.with_tools(tools, **choice, **kwargs)
+        # The tools themselves say more than the form in which they are bound.
+        self._tool_sets.of(bound.get("tools") or (), lambda: ToolChecks(tools))
+        return self.bind(**bound)
 
     @property
     def _llm_type(self) -> str:
@@ -176,8 +180,10 @@ class CentroidChatModel(OneChunkModel):
         config: RunnableConfig = {**self._step.config, **self._callbacks(run_manager)}
         ask, write = calling(messages, config), stream_writer()
 
+        checks = self._tool_sets.of(options.get("tools") or ())
+
         def parse(message: AIMessage, index: int) -> Candidate:
-            return _checked(message_candidate(message, index), options.get("tools") or ())
+            return checks.checked(message_candidate(message, index))
 
         # Without this, tracing that the environment switches on would show the N calls as runs of their own.
         with tracing_context(enabled=None if self.trace_candidates else False):
@@ -237,11 +243,3 @@ def _shown_step(messages: Sequence[BaseMessage]) -> dict[str, Any] | None:
     """The name of the last step in a conversation that has one."""
     records = (message.response_metadata.get("ec_agents", {}) for message in reversed(messages))
     return next((record for record in records if "run" in record), None)
-
-
-def _checked(candidate: Candidate, tools: Sequence[Any]) -> Candidate:
-    """The candidate with the flaw of an action that does not fit the bound tools."""
-    problem = bound_action_problem(candidate, tools)
-    if problem is None or "invalid_action" in candidate.flaws:
-        return candidate
-    return replace(candidate, flaws={**candidate.flaws, "invalid_action": problem})

@@ -20,7 +20,6 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, ToolMessage, message_to_dict, messages_from_dict
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config
-from langchain_core.tools import BaseTool
 from langgraph.func import task
 from langgraph.types import Command
 
@@ -36,10 +35,10 @@ from ec_agents.agents.step import (
     without_logprobs,
 )
 from ec_agents.agents.step_request import Options, StepModel, StepRequest, check_action_format, remembering
-from ec_agents.agents.tool_calls import answered
+from ec_agents.agents.tool_calls import ToolChecks, ToolSets, answered
 from ec_agents.candidates import Candidate, CandidateSet
 from ec_agents.errors import ConfigError
-from ec_agents.messages import SIGNALS_KEY, invalid_action, message_candidate
+from ec_agents.messages import SIGNALS_KEY, message_candidate
 from ec_agents.policy import SamplingPolicy, as_policy, respond
 from ec_agents.sampling import in_thread, run_blocking, timed, with_seconds
 from ec_agents.scoring import Scorer
@@ -52,6 +51,7 @@ try:
     from langchain.agents.middleware import AgentMiddleware, ExtendedModelResponse, ModelRequest, ModelResponse
     from langchain.agents.middleware.types import PrivateStateAttr
     from langchain.agents.structured_output import (
+        AutoStrategy,
         ProviderStrategy,
         StructuredOutputError,
         StructuredOutputValidationError,
@@ -96,7 +96,8 @@ class _Step:
     request: Request
     asks: StepRequest
     n: int
-    tools: Mapping[str, BaseTool]
+    tools: ToolChecks
+    outputs: ToolChecks
     config: RunnableConfig
     write: Write
     started: float
@@ -177,6 +178,7 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         # A durable call is one task, whose position LangGraph remembers: its retries and its queueing happen inside.
         self._step_policy = replace(self.policy, **_CALL_LIMITS) if durable else self.policy
         check_action_format(action_format)
+        self._tool_sets = ToolSets()
         self._prepared = remembering(partial(StepModel, top_logprobs=top_logprobs, action_format=action_format))
 
     async def awrap_model_call(  # noqa: D102 - inherited
@@ -188,7 +190,7 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
 
         async def answer(model: BaseChatModel, options: Options, index: int) -> _Answer:
             try:
-                return _answer(await handler(_with_model(request, model, options)), index, step.tools)
+                return _answer(await handler(_with_model(request, model, options)), index, step)
             except StructuredOutputError as error:
                 return _unparsed(error, index)
 
@@ -216,7 +218,7 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
 
         def answer(model: BaseChatModel, options: Options, index: int) -> _Answer:
             try:
-                return _answer(handler(_with_model(request, model, options)), index, step.tools)
+                return _answer(handler(_with_model(request, model, options)), index, step)
             except StructuredOutputError as error:
                 return _unparsed(error, index)
 
@@ -250,11 +252,18 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
             request=request,
             asks=StepRequest(model, options, n, policy=self._step_policy, parse=_candidate, tools=acts),
             n=n,
-            tools=_checked_tools(request),
+            tools=self._tool_sets.of(request.tools),
+            outputs=self._outputs(request),
             config=config,
             write=stream_writer(),
             started=time.perf_counter(),
         )
+
+    def _outputs(self, request: Request) -> ToolChecks:
+        """Return the checks of structured output whose schema is a dict."""
+        schemas = _json_schemas(request.response_format)
+        forms = [{"name": name, "parameters": schema} for name, schema in schemas.items()]
+        return self._tool_sets.of([*schemas.values()], lambda: ToolChecks(forms))
 
     def _keeps_form(self, step: _Step) -> bool:
         """Whether the form of the actions has to be the same if the step is run again, and might not be."""
@@ -306,24 +315,18 @@ def _with_model(request: Request, model: BaseChatModel, options: Options) -> Req
     return request.override(model=model, model_settings=dict(options))
 
 
-def _checked_tools(request: Request) -> Mapping[str, BaseTool]:
-    """The tools by name; none if there is one that the provider runs, and is known to the provider only."""
-    tools = {tool.name: tool for tool in request.tools if isinstance(tool, BaseTool)}
-    return tools if len(tools) == len(request.tools) else {}
-
-
 def _candidate(answer: _Answer, _: int) -> Candidate:
     return answer.candidate
 
 
-def _answer(response: Response, index: int, tools: Mapping[str, BaseTool]) -> _Answer:
+def _answer(response: Response, index: int, step: _Step) -> _Answer:
     """A response with what is wrong with it."""
     message = next(found for found in response.result if isinstance(found, AIMessage))
     candidate = message_candidate(message, index)
     flaws: dict[str, str] = {}
     if SIGNALS_KEY not in message.response_metadata:
         flaws["foreign"] = _FOREIGN
-    problem = _action_problem(response, candidate, tools)
+    problem = _action_problem(response, candidate, step)
     if problem is not None:
         flaws["invalid_action"] = problem
     if flaws:
@@ -343,14 +346,26 @@ def _unparsed(error: StructuredOutputError, index: int) -> _Answer:
     )
 
 
-def _action_problem(response: Response, candidate: Candidate, tools: Mapping[str, BaseTool]) -> str | None:
-    """What is wrong with the tool calls, those for structured output included."""
+def _action_problem(response: Response, candidate: Candidate, step: _Step) -> str | None:
+    """Explain what is wrong with the tool calls, or with the structured output."""
+    if isinstance(response.structured_response, Mapping):
+        named = [call["name"] for call in candidate.tool_calls if call["name"] in step.outputs.names]
+        written = [{"name": n, "args": response.structured_response} for n in named or step.outputs.names]
+        return step.outputs.problem(replace(candidate, tool_calls=written[:1]))
     if response.structured_response is not None:
         return None
     refused = [str(found.text) for found in response.result if isinstance(found, ToolMessage)]
-    if refused:
-        return refused[0]
-    return invalid_action(candidate, tools) if tools else None
+    return refused[0] if refused else step.tools.problem(candidate)
+
+
+def _json_schemas(response_format: Any) -> dict[str, Mapping[str, Any]]:
+    """The schemas of structured output that are dicts, by name: LangChain does not validate against those."""
+    specs: list[Any] = [*getattr(response_format, "schema_specs", ())]
+    specs += [spec] if (spec := getattr(response_format, "schema_spec", None)) is not None else []
+    found = {spec.name: spec.schema for spec in specs}
+    if isinstance(response_format, AutoStrategy):
+        found["response"] = cast("Any", response_format).schema
+    return {name: cast("Any", schema) for name, schema in found.items() if isinstance(schema, Mapping)}
 
 
 def _pack(answer: _Answer) -> Stored:

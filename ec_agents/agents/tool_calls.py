@@ -77,17 +77,13 @@ class ToolSets:
     def __init__(self) -> None:
         self._made: list[tuple[list[Any], ToolChecks]] = []
 
-    def checks(self, tools: Sequence[Any]) -> ToolChecks:
-        """Return the checks of these tools."""
+    def of(self, tools: Sequence[Any], make: Callable[[], ToolChecks] | None = None) -> ToolChecks:
+        """Return the checks of these objects, which are tools unless ``make`` makes checks for them."""
         for known, checks in self._made:
             if len(known) == len(tools) and all(map(is_, known, tools)):
                 return checks
-        return self.add(tools, ToolChecks(tools))
-
-    def add(self, tools: Sequence[Any], checks: ToolChecks) -> ToolChecks:
-        """Use these checks for these tools: a model's own form of tools says less than the tools themselves."""
-        del self._made[: 1 - _KEPT]
-        self._made.append((list(tools), checks))
+        checks = ToolChecks(tools) if make is None else make()
+        self._made[:] = [([*tools], checks), *self._made[: _KEPT - 1]]
         return checks
 
 
@@ -156,7 +152,10 @@ def _checks_of(tool: Any) -> Iterator[tuple[str, Check | None]]:
     elif isinstance(tool, type):
         yield from _checks_of_dict(convert_to_openai_tool(tool))
     elif callable(tool):
-        yield from _checks_of(create_tool(cast("Any", tool)))
+        try:
+            yield from _checks_of(create_tool(cast("Any", tool)))
+        except ValueError:  # a function without a description can be bound, but is not a tool
+            yield from _checks_of_dict(convert_to_openai_tool(tool))
 
 
 def _check_of_schema(schema: Any) -> Check | None:
