@@ -93,6 +93,7 @@ def token_signals(choice: Json | None, *, top_k: int | None = None) -> TokenSign
     elif not _is_list(content):
         raise LogprobsMalformed(f"logprobs.content must be a list of tokens; found {_outline(content)}")
     else:
+        content = content if _is_mapping(content[0]) else [dumped(entry) for entry in content]  # objects of an SDK
         read = _read_content(content)
     return measured(read, lambda: content if _is_list(content) else (), top_k)
 
@@ -325,6 +326,7 @@ def _payload(choice: Any) -> Json:
     payload: Any = choice
     if _is_mapping(choice) and (_CHOICE_KEYS & choice.keys() or not _LOGPROBS_KEYS & choice.keys()):
         payload = choice.get("logprobs")
+    payload = payload if _is_mapping(payload) else dumped(payload)
     if payload is None:
         raise LogprobsMissing(_nothing_found(choice, "logprobs is null or absent"))
     if _is_list(payload):

@@ -117,12 +117,16 @@ class Verdict:
 class _Table:
     hosts: Mapping[str, str]
     classes: Mapping[str, str]
+    unverified: Mapping[str, str]
     row: tuple[Capabilities, ...]
 
 
 @cache
 def table() -> _Table:
-    """The table: ``row``, and which ``hosts`` and LangChain ``classes`` belong to which provider."""
+    """Read the table: ``row``, and which ``hosts`` and classes belong to which provider.
+
+    The tests run every class in ``classes`` against a server of its form, and none of those in ``unverified``.
+    """
     return msgspec.toml.decode(Path(__file__).with_suffix(".toml").read_bytes(), type=_Table)
 
 
@@ -156,8 +160,13 @@ def provider_of_client(client: object) -> str:
 
 
 def _by_class(owner: object) -> str:
-    known = table().classes
+    known = _providers_of_classes()
     return next((known[kind.__name__] for kind in type(owner).__mro__ if kind.__name__ in known), "")
+
+
+@cache
+def _providers_of_classes() -> Mapping[str, str]:
+    return {**table().classes, **table().unverified}
 
 
 def endpoint_of(model: object) -> Endpoint | None:

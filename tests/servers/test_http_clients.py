@@ -406,7 +406,7 @@ async def test_socket_options(fields: Any, taken: Any, options_set: list[Any], m
     assert (BUFFER in options_set) == ("http_socket_options" in fields and BUFFER in fields["http_socket_options"])
 
 
-def test_settings_of_the_client(taken: Any, monkeypatch: pytest.MonkeyPatch):
+async def test_settings_of_the_client(taken: Any):
     """Hooks, headers, cookies, authentication, TLS, limits and proxies of the HTTP client are those of the user."""
     seen: list[str] = []
 
@@ -421,8 +421,8 @@ def test_settings_of_the_client(taken: Any, monkeypatch: pytest.MonkeyPatch):
             params={"d": "e"},
             limits=httpx.Limits(max_connections=3, max_keepalive_connections=2, keepalive_expiry=7),
         )
-        model = taken(chat(server.base_url, http_async_client=http))
-        assert asyncio.run(model.ainvoke("hi")).text == "hello"
+        async with http:
+            assert (await taken(chat(server.base_url, http_async_client=http)).ainvoke("hi")).text == "hello"
         assert (server.headers[0]["x-team"], server.headers[0]["cookie"]) == ("a", "b=c")
         assert seen == [f"{server.base_url}/chat/completions?d=e"]
 

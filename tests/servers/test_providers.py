@@ -47,7 +47,8 @@ def endpoint(provider: str, model: str = "m", base_url: str = "http://x/v1") -> 
 def test_hosts_and_classes_lead_to_rows():
     providers = {row.provider for row in ROWS}
     assert set(table().hosts.values()) <= providers
-    assert set(table().classes.values()) <= providers
+    assert {*table().classes.values(), *table().unverified.values()} <= providers
+    assert not table().classes.keys() & table().unverified.keys()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
