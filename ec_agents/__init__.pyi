@@ -36,13 +36,17 @@ from ec_agents.entropy import (
     token_entropies as token_entropies,
 )
 from ec_agents.errors import (
+    ActionError as ActionError,
     ConfigError as ConfigError,
     EcAgentsError as EcAgentsError,
     LogprobsError as LogprobsError,
     LogprobsMalformed as LogprobsMalformed,
     LogprobsMissing as LogprobsMissing,
+    RedirectRefused as RedirectRefused,
+    ResponseTooLarge as ResponseTooLarge,
     SamplingError as SamplingError,
     SelectionError as SelectionError,
+    ServerError as ServerError,
     StateError as StateError,
     TraceError as TraceError,
     UnsupportedLogprobs as UnsupportedLogprobs,

@@ -73,7 +73,7 @@ def check(
     The API key is read from OPENAI_API_KEY.
     """
     key = os.environ.get("OPENAI_API_KEY", "none")
-    checking = _load("servers.probe").check_endpoint(base_url, model, api_key=key, top_logprobs=top_logprobs)
+    checking = _load("servers.probe").probe_endpoint(base_url, model, api_key=key, top_logprobs=top_logprobs)
     report = asyncio.run(checking)
     say("\n".join(report.lines()))
     raise typer.Exit(0 if report.usable else 1)

@@ -1,10 +1,15 @@
+from ec_agents.servers.fast_logprobs import fast_logprobs as fast_logprobs
 from ec_agents.servers.json_actions import (
     ActionFormat as ActionFormat,
     JsonActions as JsonActions,
     strict_schema as strict_schema,
 )
 from ec_agents.servers.openai_chat_model import OpenAIChatModel as OpenAIChatModel
-from ec_agents.servers.probe import Finding as Finding, Report as Report, check_endpoint as check_endpoint
+from ec_agents.servers.probe import (
+    ProbeFinding as ProbeFinding,
+    ProbeReport as ProbeReport,
+    probe_endpoint as probe_endpoint,
+)
 from ec_agents.servers.providers import (
     Capabilities as Capabilities,
     Endpoint as Endpoint,

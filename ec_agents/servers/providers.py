@@ -50,7 +50,7 @@ class Capabilities:
     status: Literal["supported", "ignored", "rejected", "unknown"]
     """``ignored``: nothing comes back, without an error."""
     k_max: int | None = None
-    """Most alternatives; 0: the drawn token only; None: set by the server."""
+    """Most alternatives; 0: only the sampled token; None: set by the server."""
     n_max: int | None = None
     """Most candidates in one request; None: set by the server."""
     tool_tokens: Literal["all", "none", "unknown"] = "unknown"
@@ -248,7 +248,7 @@ def verify(candidates: Sequence[Candidate], *, top_logprobs: int) -> Verdict | N
     coverages = [share for c in telling if (share := _coverage(c)) is not None]
     found = {
         "missing": None if len(measured) == len(telling) else _missing(telling),
-        "alternatives": f"{k} alternatives a token, {top_logprobs} were asked for" if 0 < k < top_logprobs else None,
+        "alternatives": f"{k} alternatives per token, {top_logprobs} were asked for" if 0 < k < top_logprobs else None,
         "coverage": _too_little(min(coverages, default=1)) if measured else None,
         "identical": identical(answered),
         "degenerate": _degenerate(measured),
@@ -327,7 +327,7 @@ def complaint(endpoint: Endpoint, verdict: Verdict, *, tools: bool) -> str | Non
     if tools and verdict.tool_tokens == "none":
         found = f"its tool calls carry no log-probabilities ({verdict.problems.get('missing', '')})"
     elif not verdict.usable:
-        found = verdict.problems.get("missing") or "it gives no alternatives, the drawn token only"
+        found = verdict.problems.get("missing") or "it gives no alternatives, only the sampled token"
     else:
         return None
     known = endpoint.capabilities

@@ -93,7 +93,7 @@ class Transport:
             try:
                 answers = self._fetch_blocking(payload, asked)
             except openai.BadRequestError as error:
-                if not _is_about_n(error):
+                if not is_about_n(error):
                     raise
                 self._ignores_n = True
             self._ignores_n |= len(answers) < 2
@@ -165,7 +165,7 @@ class Transport:
         except Exception as error:  # noqa: BLE001 - it is raised where the calls wait
             failure = error
         if len(waiting) > 1:
-            refused = isinstance(failure, openai.BadRequestError) and _is_about_n(failure)
+            refused = isinstance(failure, openai.BadRequestError) and is_about_n(failure)
             failure = None if refused else failure
             self._ignores_n |= refused or (failure is None and len(answers) < 2)
         for number, slot in enumerate(waiting):
@@ -220,6 +220,6 @@ _ABOUT_N = re.compile(
 )
 
 
-def _is_about_n(error: openai.BadRequestError) -> bool:
+def is_about_n(error: openai.APIStatusError) -> bool:
     """Tell whether a server refuses several choices, as opposed to the request for another reason."""
     return error.param == "n" or (error.param is None and bool(_ABOUT_N.search(error.message)))

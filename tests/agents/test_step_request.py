@@ -339,7 +339,7 @@ def test_problems_that_are_merely_odd_are_logged_once(caplog: pytest.LogCaptureF
     with FaultServer([Reply(content=str(i)) for i in range(4)]) as server:
         for _ in range(2):
             create_centroid_agent(chat(server), n=2).invoke(ASK)
-    assert caplog.text.count("4 alternatives a token, 20 were asked for") == 1
+    assert caplog.text.count("4 alternatives per token, 20 were asked for") == 1
 
 
 def excessive(payload: Any) -> Any:

@@ -159,13 +159,9 @@ async def test_azure():
 async def test_streamed_alternatives_of_ollama():
     """Objects of the ``ollama`` package are read as the JSON that they stand for."""
     ollama = pytest.importorskip("ollama")
-    entries = [
-        ollama._types.Logprob(
-            token="a",
-            logprob=-0.5,
-            top_logprobs=[{"token": "a", "logprob": -0.5}, {"token": "b", "logprob": -0.5}],  # noqa: S106
-        )
-    ]
+    alternatives = [{"token": token, "logprob": -0.5} for token in "ab"]
+    kind = ollama._types.Logprob  # the package does not export it
+    entries = [kind.model_validate({**alternatives[0], "top_logprobs": alternatives})]
     plain = [entry.model_dump() for entry in entries]
     found, expected = (
         message_candidate(AIMessage("a", response_metadata={"logprobs": logprobs}), 0).signals

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from ec_agents.cli.main import app
 from ec_agents.errors import ConfigError
-from ec_agents.servers.probe import Report, check_endpoint
+from ec_agents.servers.probe import ProbeReport, probe_endpoint
 from ec_agents.servers.providers import Endpoint, verdict_on
 from ec_agents.testing import Fault, FaultServer, Reply
 from ec_agents.testing.server import completion
@@ -40,12 +40,12 @@ class Endpoints:
         return completion([reply.message() for reply in replies], request)
 
 
-async def report_on(source: Any, faults: Any = (), **options: Any) -> Report:
+async def report_on(source: Any, faults: Any = (), **options: Any) -> ProbeReport:
     with FaultServer(source, faults=faults) as server:
-        return await check_endpoint(server.base_url, "m", **options)
+        return await probe_endpoint(server.base_url, "m", **options)
 
 
-def marks(report: Report) -> list[bool | None]:
+def marks(report: ProbeReport) -> list[bool | None]:
     return [finding.works for finding in report.findings]
 
 
@@ -94,12 +94,34 @@ async def test_a_server_that_refuses_log_probabilities():
     assert "top_logprobs must be at most 0" in report.findings[0].found
 
 
+def refusal(status: int, message: str = "no", **fields: Any) -> Any:
+    """A fault: an error in OpenAI's form, with these fields."""
+    body = json.dumps({"error": {"message": message, **fields}}).encode()
+    return Fault(about=message, status=status, body=lambda _: body)
+
+
+INPUT = {"model": "m", "logprobs": True, "top_logprobs": 20}
+INVALID = json.dumps({"detail": [{"loc": ["body", "temperature"], "msg": "too high", "input": INPUT}]}).encode()
+
+
 @pytest.mark.parametrize(
     ("fault", "advice"),
     [
         ("status_429", "try again later"),
-        (Fault(about="bad key", status=401), "set OPENAI_API_KEY"),
-        (Fault(about="no such model", status=404), "check the model name"),
+        (refusal(503), "try again later"),
+        (refusal(401, "bad key"), "set OPENAI_API_KEY"),
+        (refusal(400, "API key not valid. Please pass a valid API key."), "set OPENAI_API_KEY"),
+        (refusal(404, "no such model"), "check the model name"),
+        (refusal(400, "The model `m` does not exist", code="model_not_found"), "check the model name"),
+        (refusal(403, "your plan does not include this"), "use a key that may use this model"),
+        (refusal(402), "add credit"),
+        (refusal(429, "You exceeded your current quota", code="insufficient_quota"), "add credit"),
+        (refusal(403, "Insufficient Balance"), "add credit"),
+        (refusal(400, "This model's maximum context length is 128 tokens", code="context_length_exceeded"), "context"),
+        (refusal(400, "The prompt was filtered", code="content_filter", param="prompt"), "content filter"),
+        (refusal(400, "temperature does not support 1", param="temperature"), "another reason"),
+        (refusal(400, "max_tokens is too large for logprobs", param="max_tokens"), "another reason"),
+        (Fault(about="validation", status=422, body=lambda _: INVALID), "another reason"),
         ("html_page", "is this an OpenAI-compatible server?"),
         ("empty_choices", "is this an OpenAI-compatible server?"),
     ],
@@ -108,6 +130,37 @@ async def test_errors_that_say_nothing_about_log_probabilities(fault: Any, advic
     report = await report_on(Endpoints(), [fault])
     assert marks(report) == [None]
     assert advice in report.findings[0].advice
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        refusal(400, "logprobs is not supported with this model"),
+        refusal(403, "You are not allowed to request logprobs from this model"),
+        refusal(400, "unsupported", param="top_logprobs"),
+        refusal(422, "Extra inputs: LogProbs"),
+        refusal(501, "no log_probs here"),
+    ],
+)
+async def test_refusals_of_log_probabilities(fault: Any):
+    report = await report_on(Endpoints(), [fault])
+    assert marks(report) == [False]
+    assert "serve the model with vLLM" in report.findings[0].advice
+
+
+@pytest.mark.parametrize(
+    ("message", "works"),
+    [
+        ("n must be 1", [True, False, None, None]),
+        ("tools are not supported", [True, None, False, None]),
+        ("response_format is not supported", [True, None, None, False]),
+        ("maximum context length is 128 tokens", [True, None, None, None]),
+    ],
+)
+async def test_refusals_of_other_parameters(message: str, works: Any):
+    """An error counts against the part of the request that it is about, and leaves the others unknown."""
+    faults = [None, None, *[refusal(400, message)] * 3]
+    assert marks(await report_on(Endpoints(), faults)) == works
 
 
 async def test_an_endpoint_that_gives_the_same_answer_again_and_again():
@@ -128,7 +181,7 @@ async def test_a_model_that_calls_no_tool():
 
 async def test_the_verdicts_are_remembered():
     with FaultServer(Endpoints(tools=None)) as server:
-        await check_endpoint(server.base_url, "m")
+        await probe_endpoint(server.base_url, "m")
         where = Endpoint(provider="", base_url=server.base_url, model="m")
     plain, tools = (verdict_on(where, tools=tools) for tools in (False, True))
     assert plain is not None
@@ -137,7 +190,7 @@ async def test_the_verdicts_are_remembered():
 
 
 async def test_nobody_answers():
-    report = await check_endpoint("http://127.0.0.1:9/v1", "m")
+    report = await probe_endpoint("http://127.0.0.1:9/v1", "m")
     assert marks(report) == [None]
     assert "check that the server runs" in report.lines()[-1]
 
@@ -145,7 +198,7 @@ async def test_nobody_answers():
 @pytest.mark.parametrize(("base_url", "k"), [("localhost:8000", 20), ("http://127.0.0.1:9", 0)])
 async def test_arguments_out_of_range(base_url: str, k: int):
     with pytest.raises(ConfigError, match="must be"):
-        await check_endpoint(base_url, "m", top_logprobs=k)
+        await probe_endpoint(base_url, "m", top_logprobs=k)
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_an_end_of_text_token_without_a_number_is_no_problem():
     ("candidates", "name", "text"),
     [
         ([response()], "missing", "1 of 1 responses without log-probabilities"),
-        ([response(measured=signals(k=4))], "alternatives", "4 alternatives a token, 20 were asked for"),
+        ([response(measured=signals(k=4))], "alternatives", "4 alternatives per token, 20 were asked for"),
         ([response(measured=signals(11), tokens=30)], "coverage", "only 40% of the output tokens"),
         ([response(measured=signals(entropy=0.0))], "degenerate", "30 of 30 tokens have entropy 0: is it temperature"),
         (

@@ -272,4 +272,4 @@ def test_the_check_finds_it_usable(server: Server):
     done = next(found for found in tried if "the answer was empty" not in found.output)
     print(f"\n{done.output}")
     assert done.exit_code == 0
-    assert "log-probabilities of plain answers: 20 alternatives a token, 100% of the tokens" in done.output
+    assert "log-probabilities of plain answers: 20 alternatives per token, 100% of the tokens" in done.output
