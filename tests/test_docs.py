@@ -3,12 +3,11 @@
 import ast
 import importlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers.paths import ROOT
+from helpers.processes import run
 
 from ec_agents.testing import FAULTS
 
@@ -32,8 +31,8 @@ def without_ports(text: str) -> str:
     return re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:PORT", text)
 
 
-def run(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=300)
+def printed_by(code: str) -> str:
+    done = run(code)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -44,7 +43,7 @@ def test_code_blocks(page: Path):
     blocks = [code for no_run, code in CODE.findall(text_of(page)) if not no_run]
     if not blocks:
         pytest.skip("no code to run")
-    printed = without_ports(run("-c", "\n".join(blocks)))
+    printed = without_ports(printed_by("\n".join(blocks)))
     for output in OUTPUT.findall(text_of(page)):
         assert without_ports(output) in printed
 
@@ -52,14 +51,14 @@ def test_code_blocks(page: Path):
 def test_readme_without_the_middleware():
     """Without the middleware, the model of the README's example does what the README says."""
     [code] = [code for _, code in CODE.findall(text_of(ROOT / "README.md")) if "EntropyCentroidMiddleware(n=8)" in code]
-    printed = run("-c", code.replace("middleware=[EntropyCentroidMiddleware(n=8)]", "middleware=[]"))
+    printed = printed_by(code.replace("middleware=[EntropyCentroidMiddleware(n=8)]", "middleware=[]"))
     assert "'72-13'" in printed
     assert printed.rstrip().endswith("answer 59")
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=names(EXAMPLES))
 def test_examples(example: Path):
-    assert run(str(example))
+    assert printed_by(text_of(example))
 
 
 @pytest.mark.parametrize("path", [*PAGES, *EXAMPLES], ids=names([*PAGES, *EXAMPLES]))

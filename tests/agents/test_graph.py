@@ -6,14 +6,13 @@ import operator
 import os
 import random
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 from helpers.adding import ASK, EARLY, LATE, THREAD, add, call_add, record, two_steps
+from helpers.processes import run
 from langchain_core.caches import InMemoryCache
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.outputs import ChatResult
@@ -389,23 +388,17 @@ def test_strict_serialization_is_on():
 @pytest.mark.skipif(STRICT, reason="would call itself")
 def test_all_of_this_holds_under_strict_serialization():
     """LangGraph reads the setting when it is imported, so it takes a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
+    arguments = [
         "-q",
+        "--assert=plain",
         "-p",
         "no:cacheprovider",
         "-k",
         "60_kb or sqlite or strict or person",
+        __file__,
     ]
-    done = subprocess.run(
-        [*command, __file__],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "LANGGRAPH_STRICT_MSGPACK": "true"},
-    )
+    code = "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
+    done = run(code, *options, __file__, anew=["langchain", "langgraph"], LANGGRAPH_STRICT_MSGPACK="true")
     assert done.returncode == 0, done.stdout
     assert "5 passed" in done.stdout
 
@@ -469,10 +462,10 @@ class Counting(ScriptedChatModel):
         return super()._next(messages, options)
 
 model = Counting(replies=[Reply(content=f"answer {i}", profile="." * (7 - i) + "!" + "." * i) for i in range(4)])
-selector = Selector(scorer=Deadly() if deadly == "True" else CentroidScorer())
+selector = Selector(scorer=Deadly() if deadly else CentroidScorer())
 with SqliteSaver.from_conn_string(database) as saver:
     agent = create_centroid_agent(model, n=4, selector=selector, checkpointer=saver)
-    ask = {"messages": [("user", "hi")]} if deadly == "True" else None
+    ask = {"messages": [("user", "hi")]} if deadly else None
     state = agent.invoke(ask, {"configurable": {"thread_id": "1"}}, durability="sync")
     print(state["messages"][-1].content)
 """
@@ -481,17 +474,13 @@ with SqliteSaver.from_conn_string(database) as saver:
 def test_killed_between_sample_and_score(tmp_path: Path):
     """A run killed between sample and score resumes without a new call."""
     log = tmp_path / "calls.txt"
-
-    def run(*, deadly: bool) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", CRASH, str(tmp_path / "state.db"), str(log), str(deadly)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-
-    assert run(deadly=True).returncode == 9
+    given = (CRASH, tmp_path / "state.db", log)
+    assert run(*given, "deadly").returncode == 9
     assert log.read_text().count("call") == 4
     with sqlite3.connect(tmp_path / "state.db") as database:
         assert database.execute("select count(*) from checkpoints").fetchone()[0] >= 2
     database.close()
-    resumed = run(deadly=False)
+    resumed = run(*given, "")
     assert resumed.stdout.strip() == "answer 3", resumed.stderr
     assert log.read_text().count("call") == 4
 

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +9,7 @@ from typing import Any
 
 import pytest
 from helpers.adding import ASK, EARLY, LATE, THREAD, Dying, add, call_add, record, two_steps
+from helpers.processes import run
 from langchain.agents import create_agent
 from langchain.agents.middleware import (
     AgentMiddleware,
@@ -446,7 +444,7 @@ from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from ec_agents import EntropyCentroidMiddleware
 from ec_agents.testing import Reply, ScriptedChatModel
 
-database, log, deadly = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
+database, log, deadly = sys.argv[1:]
 
 def stored():
     with sqlite3.connect(database) as connection:
@@ -481,14 +479,10 @@ asyncio.run(main())
 
 def test_a_killed_process_goes_on_with_the_missing_call_only(tmp_path: Path):
     log = tmp_path / "calls.txt"
-
-    def run(*, deadly: bool) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", CRASH, str(tmp_path / "state.db"), str(log), str(deadly)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ, timeout=120)
-
-    assert run(deadly=True).returncode == 9
+    given = (CRASH, tmp_path / "state.db", log)
+    assert run(*given, "deadly").returncode == 9
     assert log.read_text().count("call") == 4
-    resumed = run(deadly=False)
+    resumed = run(*given, "")
     # Of the resumed run's calls only one is made: it gets the script's first reply.
     assert resumed.stdout.strip() == "answer 2 4", resumed.stderr
     assert log.read_text().count("call") == 5

@@ -1,9 +1,6 @@
 """At most once: what happens to a tool call if the process dies, at every point, in every front end."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +8,7 @@ from threading import Barrier, Event
 from typing import Annotated, Any, ClassVar
 
 import pytest
-from helpers.paths import ROOT
+from helpers.processes import run
 from langchain_core.messages import AIMessage, ToolMessage
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import BaseTool, InjectedToolCallId, StructuredTool, tool
@@ -39,9 +36,8 @@ class Killed(BaseException):
 
 def killed(home: Path, *runs: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of ``helpers/kills.py``: what was paid in runs that SIGKILL ended, and that were resumed."""
-    command = [sys.executable, str(ROOT / "tests/helpers/kills.py"), str(home), *map(json.dumps, runs)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    code = "import sys; from helpers.kills import main; main(sys.argv[1], *sys.argv[2:])"
+    done = run(code, home, *map(json.dumps, runs))
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -4,8 +4,6 @@ import asyncio
 import json
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -13,6 +11,7 @@ from typing import Any
 
 import openai
 import pytest
+from helpers.processes import run
 from helpers.serving import CLIENTS, action, chat, respond
 from helpers.waiting import until
 from langchain_core.messages import AIMessage
@@ -454,6 +453,5 @@ print("both answered")
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_child_has_a_loop_of_its_own():
-    command = [sys.executable, "-c", FORK]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = run(FORK, timeout=60)
     assert done.stdout.strip() == "both answered", done.stderr

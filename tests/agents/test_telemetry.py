@@ -1,10 +1,9 @@
 """Spans of a step: what they are called, what they say, and that nothing is lost without opentelemetry."""
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+from helpers.processes import run as run_code
 from langchain.agents import create_agent
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -115,12 +114,10 @@ async def test_a_step_takes_the_span_around_it_as_parent(exported: InMemorySpanE
 
 def test_without_opentelemetry_everything_works():
     code = """
-import sys
-sys.modules["opentelemetry"] = None
 from ec_agents import create_centroid_agent
 from ec_agents.testing import Reply, ScriptedChatModel
 agent = create_centroid_agent(ScriptedChatModel(replies=[Reply(content="fine")]), n=1)
 print(agent.invoke({"messages": [("user", "hi")]})["messages"][-1].content)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_code(code, without=["opentelemetry"])
     assert done.stdout.strip() == "fine", done.stderr

@@ -2,14 +2,13 @@
 
 import io
 import math
-import os
 import random
 import subprocess
-import sys
 from typing import Any
 
 import pytest
 from helpers.candidates import signals
+from helpers.processes import COMMAND, run
 from hypothesis import given, strategies as st
 from rich.console import Console
 
@@ -23,17 +22,8 @@ from ec_agents.testing import Reply, ScriptedChatModel
 PUZZLE = Task(family="play", prompt="make 10 from 2 3 5", numbers=(2, 3, 5), goal=10)
 
 
-def run_command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    code = "from ec_agents.cli.main import main; main()"
-    environment = {"COLUMNS": "150", "OPENAI_API_KEY": "none", **variables}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-        timeout=300,
-    )
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run(COMMAND, *arguments, COLUMNS="150", OPENAI_API_KEY="none")
 
 
 def call(index: int, expression: str) -> Candidate:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.graded import SIZE, noise
+from helpers.processes import COMMAND, run
 from typer.testing import CliRunner
 
 import ec_agents
@@ -29,12 +30,6 @@ HEAVY = ("numpy", "langchain_core", "langgraph", "openai", "scipy", "jinja2", "m
 
 def invoke(*arguments: object) -> Any:
     return CliRunner().invoke(cli.app, list(map(str, arguments)), env={"COLUMNS": "200", "TERM": "dumb"})
-
-
-def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120
-    )
 
 
 @pytest.fixture
@@ -62,7 +57,7 @@ def test_help_is_light(arguments: list[str]):
         f"try: main()\nexcept SystemExit as ended: assert not ended.code\n"
         f"print('heavy:', *({set(HEAVY)!r} & sys.modules.keys()))"
     )
-    done = python(code, *arguments)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "heavy:", done.stderr
 
 
@@ -138,16 +133,11 @@ def test_report_forms(tmp_path: Path, evaluation: Path, trace: Path):
 
 def test_report_needs_its_extra_only(tmp_path: Path, evaluation: Path, trace: Path):
     """Without the extras of evaluations and charts, saved ones are shown all the same."""
-    code = (
-        "import sys\n"
-        "for name in ('scipy', 'matplotlib', 'langgraph.checkpoint.sqlite', 'langchain', 'aiohttp', 'zstandard'):\n"
-        "    sys.modules[name] = None\n"
-        "from ec_agents.cli.main import main\nmain()"
-    )
+    extras = ["scipy", "matplotlib", "langgraph.checkpoint.sqlite", "langchain", "aiohttp", "zstandard"]
     for source in (evaluation, trace):
-        done = python(code, "report", source, "--out", tmp_path / "r.html")
+        done = run(COMMAND, "report", source, "--out", tmp_path / "r.html", without=extras)
         assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'r.html'}\n"), done.stderr
-    done = python(code, "eval", "solve", "--out", tmp_path / "e")
+    done = run(COMMAND, "eval", "solve", "--out", tmp_path / "e", without=extras)
     assert done.returncode == 1
     assert "evaluations need the extra 'eval'" in done.stderr
     assert not (tmp_path / "e").exists()
@@ -187,7 +177,7 @@ def test_full_disk_is_one_line(tmp_path: Path, trace: Path, command: str):
     outcomes = tmp_path / "o.jsonl"
     outcomes.write_text(json.dumps({"run": "a", "right": True}))
     out = tmp_path / "out"
-    done = python(
+    done = run(
         FULL,
         *{
             "score": ["score", trace, "--out", f"{out}.csv"],
@@ -206,8 +196,7 @@ def test_errors_are_filtered(tmp_path: Path):
     """A field of a file reaches the terminal through an error message, in one printable line."""
     path = tmp_path / "tasks.jsonl"
     path.write_text('{"prompt": 1, "x": "\x9b31m\u202e"}\n', encoding="utf-8")
-    code = "from ec_agents.cli.main import main; main()"
-    done = python(code, "eval", path, "--agent", "json:loads", "--out", tmp_path / "e")
+    done = run(COMMAND, "eval", path, "--agent", "json:loads", "--out", tmp_path / "e")
     assert done.stderr.startswith("ConfigError: ")
     assert done.stderr.count("\n") == 1
     assert not set(done.stderr) & {"\x9b", "\u202e"}

@@ -1,7 +1,6 @@
 """Evaluations that are killed go on where they were: the same results as without, and no answer asked for twice."""
 
 import asyncio
-import multiprocessing
 import os
 import sqlite3
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.processes import FORKS
 from langgraph.checkpoint.memory import InMemorySaver
 
 from ec_agents.agents.graph import create_centroid_agent
@@ -29,8 +29,6 @@ from ec_agents.trace import TraceWriter, read_trajectories
 
 N = 2
 KILLED = 9
-CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["ec_agents.evaluation.run", "langgraph.checkpoint.sqlite.aio", "ec_agents.testing"])
 
 
 def playing(out: Path) -> EvalRun:
@@ -87,7 +85,7 @@ def play(out: Path, dies_at: int) -> None:
 
 
 def played(out: Path, dies_at: int = 0) -> int | None:
-    child = CHILDREN.Process(target=play, args=(out, dies_at))
+    child = FORKS.Process(target=play, args=(out, dies_at))
     child.start()
     child.join(120)
     return child.exitcode

@@ -2,17 +2,15 @@
 
 import asyncio
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.processes import COMMAND, run, start
+from helpers.waiting import settle
 from langchain_core.exceptions import ContextOverflowError
 
 from ec_agents.agents.graph import create_centroid_agent
@@ -99,20 +97,6 @@ def answering(*contents: str, asked: list[str] | None = None) -> Callable[..., A
         return answer
 
     return factory
-
-
-def started(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    """The command in a process of its own."""
-    code = "from ec_agents.cli.main import main; main()"
-    environment = {**os.environ, "COLUMNS": "120", "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=cwd,
-        env=environment,
-    )
 
 
 @pytest.fixture
@@ -479,17 +463,16 @@ def test_an_outcome_after_a_torn_line_is_whole(tmp_path: Path):
 def test_a_killed_evaluation_goes_on_where_it_was(project: Path):
     """Killed without warning, the same command again asks nothing twice that had an outcome, and ends with all."""
     arguments = ["eval", "tasks.jsonl", "--agent", "mine:factory", "--n", "3", "--out", "run", "--concurrency", "2"]
-    process = started(*arguments, cwd=project)
+    process = start(COMMAND, *arguments, output=project, cwd=project)
     outcomes = project / "run" / OUTCOMES
-    while not outcomes.exists() or len(outcomes.read_bytes().splitlines()) < 5:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    settle(lambda: outcomes.exists() and len(outcomes.read_bytes().splitlines()) >= 5)
+    assert process.is_alive()
+    process.kill()
     before = {outcome.task for _, outcome in read_outcome_lines(project / "run")}
     assert 5 <= len(before) < 24
-    process.communicate()
-    again = started(*arguments, cwd=project)
-    printed = again.communicate(timeout=300)[0]
+    process.join()
+    again = run(COMMAND, *arguments, cwd=project, COLUMNS="120")
+    printed = again.stdout + again.stderr
     assert again.returncode == 0, printed
     assert "24/24" in printed
     assert "24 tasks, 24 steps, 0 failed" in printed

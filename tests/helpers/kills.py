@@ -1,7 +1,7 @@
 """Kill agents that pay, at given points or at random, resume them, and count what was paid.
 
-A process of its own (``python kills.py HOME SETTINGS ...``), because each run of the agent is a fork of it that SIGKILL
-ends. Prints one JSON object per run: what was paid and asked, and the settings.
+In a process of its own, because each run of the agent is a fork of it that SIGKILL ends. ``main`` prints one JSON
+object per run: what was paid and asked, and the settings.
 """
 
 import asyncio
@@ -9,7 +9,6 @@ import json
 import os
 import random
 import signal
-import sys
 import time
 import traceback
 from collections import Counter
@@ -297,11 +296,11 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def main(home: Path, *runs: str) -> None:
+def main(home: str, *runs: str) -> None:
     for number, run in enumerate(runs):
         settings = {**DEFAULTS, "database": ["sqlite", ""], **json.loads(run)}
         setup(*settings["database"])
-        places = (home / f"{number}-{i}" for i in count())
+        places = (Path(home, f"{number}-{i}") for i in count())
 
         def shop(places: Iterator[Path] = places, settings: dict[str, Any] = settings) -> Shop:
             place = next(places)
@@ -310,7 +309,3 @@ def main(home: Path, *runs: str) -> None:
 
         for row in (at_random if settings["random"] else at_points)(shop, settings):
             print(json.dumps({**settings, **row}), flush=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
