@@ -388,15 +388,7 @@ def test_strict_serialization_is_on():
 @pytest.mark.skipif(STRICT, reason="would call itself")
 def test_all_of_this_holds_under_strict_serialization():
     """LangGraph reads the setting when it is imported, so it takes a process of its own."""
-    arguments = [
-        "-q",
-        "--assert=plain",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "60_kb or sqlite or strict or person",
-        __file__,
-    ]
+    options = ["-q", "--assert=plain", "-p", "no:cacheprovider", "-k", "60_kb or sqlite or strict or person"]
     code = "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
     done = run(code, *options, __file__, anew=["langchain", "langgraph"], LANGGRAPH_STRICT_MSGPACK="true")
     assert done.returncode == 0, done.stdout
