@@ -22,6 +22,12 @@ MAGIC = b"\x28\xb5\x2f\xfd"
 _LARGEST_FRAME = 1 << 26
 """Frames larger than this are not searched for others after damage; those of a ``TraceWriter`` hold one step."""
 
+_SLICE = 1 << 10
+"""Packed bytes that are unpacked at once: zstd expands up to 32,000 times, so that these become 32 MB at most."""
+
+LARGEST_UNPACKED, LARGEST_EXPANSION = 1 << 30, 200
+"""A compressed file may expand to so many bytes, or to so many times its size if that is more."""
+
 _LARGEST_COPY = 1 << 26
 """Texts larger than this are not tried a second time, for NaN, just to see whether they are JSON."""
 
@@ -157,8 +163,13 @@ def zstd(path: Path) -> Any:
 
 
 def _unpacked(packed: BinaryIO, path: Path) -> BinaryIO:
-    """The decompressed contents in a temporary file; what follows a damaged frame is not lost."""
+    """Return the decompressed contents as a temporary file; what follows a damaged frame is not lost.
+
+    Raises:
+        TraceError: They are larger than any trace of that size.
+    """
     module = zstd(path)
+    most = max(LARGEST_UNPACKED, LARGEST_EXPANSION * os.fstat(packed.fileno()).st_size)
     plain = cast("BinaryIO", tempfile.TemporaryFile())  # noqa: SIM115 - the caller closes it
     rest = packed.read(CHUNK)
     while rest:
@@ -167,13 +178,14 @@ def _unpacked(packed: BinaryIO, path: Path) -> BinaryIO:
         try:
             while True:
                 seen = seen + rest if len(seen) < _LARGEST_FRAME else rest
-                plain.write(frame.decompress(rest))
+                rest = _expand(frame, rest, plain, most) or packed.read(CHUNK)
                 if frame.eof:
-                    rest = frame.unused_data or packed.read(CHUNK)
                     break
-                rest = packed.read(CHUNK)
                 if not rest:
                     raise module.ZstdError("the frame is torn")  # noqa: TRY301 - as if it were damaged
+        except OverflowError as error:
+            plain.close()
+            raise TraceError(f"{path} expands to more than {most} bytes, which no trace does", path) from error
         except module.ZstdError as error:
             _log.warning("%s: a damaged frame is skipped: %s", path, error)
             plain.write(b"\n")
@@ -182,3 +194,18 @@ def _unpacked(packed: BinaryIO, path: Path) -> BinaryIO:
     packed.close()
     plain.flush()
     return plain
+
+
+def _expand(frame: Any, packed: bytes, plain: BinaryIO, most: int) -> bytes:
+    """Write the expansion of a part of a frame slice by slice, and return what follows the frame.
+
+    Raises:
+        OverflowError: There are more than ``most`` bytes in all.
+    """
+    for start in range(0, len(packed), _SLICE):
+        plain.write(frame.decompress(packed[start : start + _SLICE]))
+        if plain.tell() > most:
+            raise OverflowError
+        if frame.eof:
+            return frame.unused_data + packed[start + _SLICE :]
+    return b""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -509,6 +510,31 @@ def test_one_large_compressed_frame_with_its_end_missing(tmp_path: Path):
     path.write_bytes(compressed(lines)[:-200])
     found = [s.candidates[0].content for s in read_steps(path)]
     assert found == [str(i) * 500 for i in range(len(found))]
+
+
+def test_a_file_that_expands_beyond_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A bomb is refused before it fills memory or disk: 8 kB for 256 MB; no slice expands to more than 32 MB."""
+    monkeypatch.setattr("ec_agents.jsonl.LARGEST_UNPACKED", 1 << 20)
+    path = tmp_path / "r.jsonl.zst"
+    path.write_bytes(compressed(bytes(1 << 28)))
+    tracemalloc.start()
+    with pytest.raises(TraceError, match="expands to more than"):
+        list(read_steps(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 26
+
+
+@pytest.mark.parametrize("frames", [1, 300])
+def test_compressed_files_of_ordinary_traces_are_within_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: int
+):
+    """Equal prompts compress well, in one frame or one per line, and slices end anywhere."""
+    monkeypatch.setattr("ec_agents.jsonl.LARGEST_UNPACKED", 1 << 20)
+    lines = [(json.dumps({"choices": [choice("x" * 900 + str(i))]}) + "\n").encode() for i in range(300)]
+    path = tmp_path / "r.jsonl.zst"
+    path.write_bytes(b"".join(map(compressed, lines)) if frames > 1 else compressed(b"".join(lines)))
+    assert [s.candidates[0].content[900:] for s in read_steps(path)] == [str(i) for i in range(300)]
 
 
 def test_reading_holds_one_run_at_a_time(tmp_path: Path):
