@@ -262,8 +262,8 @@ def as_selector(selector: Selector | Scorer | str | None = None) -> Selector:
     """Return the selector that an argument called ``selector`` stands for.
 
     Args:
-        selector: A ``Selector``; a scorer or a vote, which then ranks; the name of one in ``SCORERS``; None for the
-            entropy centroid.
+        selector: A ``Selector``; a scorer or a vote, which then ranks; the name of one in ``SCORERS``, or the path of
+            a ``selector.json``; None for the entropy centroid.
 
     Raises:
         ConfigError: It is anything else.

@@ -1,9 +1,13 @@
 """``ec-agents eval``: the run with its progress bar, the table, the files."""
 
 import asyncio
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+import msgspec
+from pydantic import SecretStr
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -18,6 +22,7 @@ from rich.table import Table
 from ec_agents.cli.options import EvalOptions
 from ec_agents.embedded.tasks import FAMILIES
 from ec_agents.errors import ConfigError
+from ec_agents.evaluation.checkers import answer_finder, checker
 from ec_agents.evaluation.comparison import evaluate
 from ec_agents.evaluation.factories import Factory, embedded_agent, embedded_model
 from ec_agents.evaluation.html import write_evaluation_report
@@ -26,11 +31,15 @@ from ec_agents.evaluation.outcomes import grade, read_outcomes
 from ec_agents.evaluation.run import EvalRun, Progress
 from ec_agents.evaluation.settings import ALWAYS, EvalSettings
 from ec_agents.evaluation.table import Evaluation, Row
-from ec_agents.evaluation.tasks import checker, load, read_tasks
+from ec_agents.evaluation.tasks import load, read_tasks
 from ec_agents.files import make_folder
 from ec_agents.scoring import SCORERS
 from ec_agents.selection import Selector, as_selector
+from ec_agents.servers.openai_chat_model import OpenAIChatModel
 from ec_agents.trace import read_steps
+
+SERVER_OPTIONS = ("model", "api_key_env", "temperature", "max_tokens", "system_prompt", "extra_body")
+"""Options that describe the model of ``--base-url``."""
 
 FOLDS = 5
 """Folds of the cross-fitting of --tune."""
@@ -79,6 +88,7 @@ def replay_evaluation(options: EvalOptions, outcomes: Path, *, command: str = ""
         baselines=options.baseline,
         tuned=grids,
         prices=prices,
+        answer=answer_finder(options.answer, options.check),
         seed=options.seed,
         folds=FOLDS,
     )
@@ -88,20 +98,27 @@ def replay_evaluation(options: EvalOptions, outcomes: Path, *, command: str = ""
 def _prepared(options: EvalOptions) -> tuple[EvalRun, int]:
     """The evaluation, and the number of its tasks."""
     tasks, is_embedded = read_tasks(options.tasks, limit=options.limit, seed=options.seed)
-    if options.agent is None and not is_embedded:
-        raise ConfigError(f"--agent is needed for tasks of a file; without it only {', '.join(FAMILIES)} can be run")
+    if options.agent is None and options.base_url is None and not is_embedded:
+        raise ConfigError(
+            "--base-url and --model, or --agent, are needed for tasks of a file; without them only "
+            f"{', '.join(FAMILIES)} can be run"
+        )
+    check = options.check or ("embedded" if is_embedded else "exact")
     run = EvalRun(
         settings=EvalSettings(
             tasks=options.tasks,
-            agent=options.agent or "embedded",
+            agent=options.agent or options.model or "embedded",
             n=options.n,
             seed=options.seed,
-            seed_calls=options.agent is None if options.seed_calls is None else options.seed_calls,
+            seed_calls=_is_embedded_model(options) if options.seed_calls is None else options.seed_calls,
             top_logprobs=options.top_logprobs or None,
+            system_prompt=options.system_prompt,
         ),
         tasks=tasks,
         factory=_factory(options),
-        check=checker(options.check or ("embedded" if is_embedded else "exact")),
+        check=checker(check),
+        answer=answer_finder(options.answer, check),
+        regrade=options.regrade,
         selectors=named_selectors([*options.selector, *options.baseline]),
         out=options.out,
         trials=options.trials,
@@ -150,10 +167,54 @@ def _cells(row: Row, baselines: Sequence[str]) -> list[str]:
     ]
 
 
+def _is_embedded_model(options: EvalOptions) -> bool:
+    return options.agent is None and options.base_url is None
+
+
 def _factory(options: EvalOptions) -> Factory:
+    """What makes the model or agent.
+
+    Raises:
+        ConfigError: The options name several, or a server incompletely.
+    """
+    server = {name: getattr(options, name) for name in SERVER_OPTIONS}
+    given = [f"--{name.replace('_', '-')}" for name, value in server.items() if value is not None]
+    if options.base_url is None and given:
+        raise ConfigError(f"{', '.join(given)}: only with --base-url; a model of --agent has its own settings")
+    if options.base_url is not None:
+        if options.agent is not None:
+            raise ConfigError("--base-url and --agent both name a model; give one of them")
+        return _served(options)
     if options.agent is not None:
         return load(options.agent, "--agent")
     return embedded_agent if options.tasks == "play" else embedded_model
+
+
+def _served(options: EvalOptions) -> Factory:
+    """Make the model of a server once; what does not fit is an error before anything is sent."""
+    if options.model is None:
+        raise ConfigError("--base-url needs --model, the name of the model on that server")
+    key = os.environ.get(options.api_key_env or "OPENAI_API_KEY")
+    if options.api_key_env is not None and not key:
+        raise ConfigError(f"--api-key-env: the environment variable {options.api_key_env} is not set")
+    model = OpenAIChatModel(
+        model=options.model,
+        base_url=options.base_url or "",
+        api_key=None if key is None else SecretStr(key),
+        temperature=options.temperature,
+        max_tokens=options.max_tokens,
+        extra_body=_extra_body(options.extra_body),
+    )
+    return lambda: model
+
+
+def _extra_body(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"--extra-body must be a JSON object; found {text!r:.80} ({error})") from error
 
 
 def _grids(texts: Sequence[str]) -> dict[str, dict[str, Selector]]:

@@ -39,9 +39,33 @@ class EvalOptions:
     ]
     out: Annotated[Path, typer.Option(help="Directory of the evaluation; the same command again resumes it.")]
     agent: Annotated[str | None, typer.Option(help="module:factory of a chat model or an agent.")] = None
-    check: Annotated[
-        str | None, typer.Option(help="Checker of the answers: exact, math, embedded, or module:function.")
+    base_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible server to sample from, instead of --agent.")
     ] = None
+    model: Annotated[str | None, typer.Option(help="Name of the model on that server.")] = None
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the API key; OPENAI_API_KEY by default.")
+    ] = None
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature; the server's by default.")] = None
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of a response.", min=1)] = None
+    system_prompt: Annotated[str | None, typer.Option(help="Sent before the prompt of each task.")] = None
+    extra_body: Annotated[str | None, typer.Option(help="Other parameters of the request, as a JSON object.")] = None
+    check: Annotated[
+        str | None,
+        typer.Option(
+            help="Checker of the answers: exact, number, choice, math, python-tests, embedded, or module:function."
+        ),
+    ] = None
+    answer: Annotated[
+        str | None,
+        typer.Option(
+            help="What votes compare: text, last-number, boxed, choice, last-line, code, or module:function of a text; "
+            "by default the part that --check looks at, or the text."
+        ),
+    ] = None
+    regrade: Annotated[
+        bool, typer.Option("--regrade", help="Grade the recorded answers again, and ask the model nothing.")
+    ] = False
     outcomes: Annotated[Path | None, typer.Option(help="CSV or JSONL file of outcomes, if TASKS is a trace.")] = None
     n: Annotated[int, typer.Option(help="Candidates per step.", min=1)] = _DEFAULTS.n
     trials: Annotated[int, typer.Option(help="Runs of each task.", min=1)] = 1

@@ -56,7 +56,7 @@ def shown_rows(evaluation: Evaluation) -> list[tuple[Row, str]]:
 def accuracy_by_n(evaluation: Evaluation) -> Chart | None:
     """Accuracy against the number of candidates; None without curves."""
     series = [
-        Series(name=row.selector, style=style, points=list(row.curve.items()))
+        Series(name=row.selector, style=style, points=[(n, at.value) for n, at in row.curve.items()])
         for row, style in shown_rows(evaluation)
         if row.curve
     ]
@@ -70,7 +70,7 @@ def gain_by_tokens(evaluation: Evaluation) -> Chart | None:
         Series(
             name=row.selector,
             style=style,
-            points=[(row.tokens * n / max(row.curve), value - single) for n, value in row.curve.items()],
+            points=[(row.tokens * n / max(row.curve), at.value - single) for n, at in row.curve.items()],
         )
         for row, style in shown_rows(evaluation)
         if row.curve and row.tokens and row.selector != "random"

@@ -2,17 +2,20 @@
 
 import logging
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ec_agents.candidates import Candidate
 from ec_agents.errors import ConfigError
+from ec_agents.evaluation.checkers import name_of
+from ec_agents.evaluation.learning import LEARNED, Learning
 from ec_agents.evaluation.outcomes import Graded, RunOutcome
 from ec_agents.evaluation.replay import (
     Replay,
@@ -28,11 +31,15 @@ from ec_agents.evaluation.settings import ALWAYS, BASELINES
 from ec_agents.evaluation.stats import Resampling, cross_fit, scipy_stats
 from ec_agents.evaluation.table import Evaluation, Replays, RowBuilder, corrected, length_cuts
 from ec_agents.scoring import FirstScorer, MajorityVote, action_key
+from ec_agents.scoring.answers import ANSWERS, Extract, answer_key, voting_on
+from ec_agents.scoring.votes import Key
 from ec_agents.selection import Selector
 
 Floats = NDArray[np.float64]
 
 scipy_stats()  # a missing extra is an error now, and not after the samples were paid for
+
+_LEARNED_NOTE = "a logistic model of several scores, never fitted on the tasks it is judged on"
 
 MOSTLY = 0.9
 """Share of the steps from which on a note speaks of all of them."""
@@ -57,10 +64,11 @@ def evaluate(
     baselines: Sequence[str] = BASELINES,
     tuned: Mapping[str, Mapping[str, Selector]] | None = None,
     prices: tuple[float, float] | None = None,
+    answer: Extract | None = None,
     seed: int = 0,
     resamples: int = 2000,
     level: float = 0.95,
-    subsets: int = 2,
+    subsets: int = 32,
     folds: int = 5,
 ) -> Evaluation:
     """Replay every selector on the same candidates, and compare their outcomes with the baselines.
@@ -74,20 +82,29 @@ def evaluate(
         baselines: Rows that the others are compared with; a baseline is compared with those before it.
         tuned: Name → settings (name → selector), the best of which is found by cross-fitting.
         prices: Price per million input and output tokens.
+        answer: Finds in a text the answer that votes compare; None compares whole texts.
         seed: For resampling and subsets; the same seed gives the same table.
         resamples: Bootstrap resamples over whole tasks.
         level: Coverage of the intervals.
-        subsets: Random subsets per point of a curve, for scores that depend on the other candidates.
+        subsets: Random subsets per step and point of a curve, for scores that depend on the other candidates and have
+            no faster way; few subsets are enumerated.
         folds: Folds of the cross-fitting.
 
     Raises:
         ConfigError: No step is given, or a selector has the name of a row that is always in the table.
     """
     rng = np.random.default_rng(seed)
-    grids = {name: _without_curves(settings, rng) for name, settings in (tuned or {}).items()}
-    replayed = _replay_all(graded, _strategies(selectors, rng, subsets), grids)
+    key = answer_key(answer)
+    grids = {
+        name: _without_curves({setting: voting(one, key) for setting, one in settings.items()}, rng)
+        for name, settings in (tuned or {}).items()
+    }
+    selectors = {name: voting(selector, key) for name, selector in selectors.items()}
+    replayed = _replay_all(graded, _strategies(selectors, rng, subsets, key), grids, key)
     resampling = Resampling(replayed.tasks, rng, resamples=resamples, level=level)
     rows = [Replays(name, replays) for name, replays in replayed.replays.items()]
+    if (learned := replayed.learning.replays(replayed.tasks, rng, folds=folds)) is not None:
+        rows.insert(-1, Replays(LEARNED, learned, f"{_LEARNED_NOTE}: {folds}-fold cross-fitting"))
     for name, outcomes in replayed.tuning.items():
         rows.insert(-1, _tuned_row(name, outcomes, replayed.tasks, rng, folds))
     builder = RowBuilder(
@@ -111,6 +128,10 @@ def evaluate(
         resamples=resamples,
         seed=seed,
         baselines=tuple(baselines),
+        tasks=tuple(resampling.names.tolist()),
+        equal=resampling.share(replayed.equal),
+        effective_n=resampling.mean(replayed.effective_n),
+        answer=_named(answer),
         notes=_notes(replayed),
     )
 
@@ -132,6 +153,7 @@ def evaluate_runs(
     *,
     baselines: Sequence[str] = BASELINES,
     prices: tuple[float, float] | None = None,
+    answer: Extract | None = None,
     seed: int = 0,
     resamples: int = 2000,
     level: float = 0.95,
@@ -169,6 +191,8 @@ def evaluate_runs(
         resamples=resamples,
         seed=seed,
         baselines=compared,
+        tasks=tuple(resampling.names.tolist()),
+        answer=_named(answer),
         n_restarted=sum(run.restarts for run in everything),
         n_repeated=sum(run.repeated for run in everything),
         notes=() if not known or any(known) else (NOTHING_RIGHT,),
@@ -176,6 +200,16 @@ def evaluate_runs(
 
 
 NOTHING_RIGHT = "Not one answer is right: look at your checker, and at an answer in the trace."
+
+
+def voting(selector: Selector, key: Key) -> Selector:
+    """The selector, with votes on whole actions turned into votes with this key."""
+    tie_break = None if selector.tie_break is None else voting_on(selector.tie_break, key)
+    return replace(selector, scorer=voting_on(selector.scorer, key), tie_break=tie_break)
+
+
+def _named(answer: Extract | None) -> str:
+    return "text" if answer is None else name_of(answer, ANSWERS)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -201,7 +235,15 @@ class _Replayed:
     n_equal: int = 0
     """Of those, the steps whose candidates are all equal, text and actions."""
     n_distinct: int = 0
-    """Of those, the steps whose actions all differ, so that a vote is a draw by lot."""
+    """Of those, the steps whose answers all differ, so that a vote is a draw by lot."""
+    key: Key
+    """What votes compare."""
+    learning: Learning
+    """What the learned selector needs of each step."""
+    equal: list[float] = field(default_factory=list[float])
+    """``(G,)``: share of pairs of candidates with the same answer; NaN with fewer than two."""
+    effective_n: list[float] = field(default_factory=list[float])
+    """``(G,)``: effective number of answers."""
 
     @property
     def points(self) -> tuple[int, ...]:
@@ -219,13 +261,22 @@ class _Replayed:
         if len(candidates) > 1:
             self.n_several += 1
             self.n_equal += len({(c.content, repr(c.tool_calls)) for c in candidates}) == 1
-            self.n_distinct += len(set(map(action_key, candidates))) == len(candidates)
+            votes = [key for key in map(self.key, candidates) if key is not None]
+            self.n_distinct += len(set(votes)) == len(votes)
+        equal, effective = _diversity(candidates, self.key)
+        self.equal.append(equal)
+        self.effective_n.append(effective)
 
 
 def _replay_all(
-    graded: Iterable[Graded], strategies: Mapping[str, Strategy], grids: Mapping[str, Mapping[str, Strategy]]
+    graded: Iterable[Graded],
+    strategies: Mapping[str, Strategy],
+    grids: Mapping[str, Mapping[str, Strategy]],
+    key: Key = action_key,
 ) -> _Replayed:
     found = _Replayed(
+        key=key,
+        learning=Learning(key=key),
         replays={name: [] for name in strategies},
         tuning={name: {setting: [] for setting in grid} for name, grid in grids.items()},
     )
@@ -233,6 +284,8 @@ def _replay_all(
         for one in graded:
             found.count(one)
             points = curve_points(one.n_drawn)
+            if strategies:
+                found.learning.add(one, points)
             for name, strategy in strategies.items():
                 found.replays[name].append(strategy(one, points))
             for name, grid in grids.items():
@@ -241,7 +294,9 @@ def _replay_all(
     return found
 
 
-def _strategies(selectors: Mapping[str, Selector], rng: np.random.Generator, subsets: int) -> dict[str, Strategy]:
+def _strategies(
+    selectors: Mapping[str, Selector], rng: np.random.Generator, subsets: int, key: Key
+) -> dict[str, Strategy]:
     taken = sorted(set(selectors) & set(ALWAYS))
     if taken:
         raise ConfigError(f"{', '.join(taken)}: always in the table; give your selectors other names")
@@ -250,7 +305,7 @@ def _strategies(selectors: Mapping[str, Selector], rng: np.random.Generator, sub
         "avg@1": one_call,
         "first": strategy(selectors.get("first", Selector(scorer=FirstScorer())), calls="until_chosen"),
         "random": random_sound,
-        "majority": strategy(selectors.get("majority", Selector(scorer=MajorityVote()))),
+        "majority": strategy(selectors.get("majority", Selector(scorer=MajorityVote(key)))),
         **{name: strategy(selector) for name, selector in selectors.items() if name not in BASELINES},
         "oracle": oracle,
     }
@@ -283,7 +338,12 @@ def _notes(found: _Replayed) -> tuple[str, ...]:
     elif found.widest > 2 and found.n_distinct >= MOSTLY * found.n_several > 0:
         notes.append(
             f"All answers to a task differ in {found.n_distinct} of {found.n_several} steps, so votes such as "
-            "majority mean nothing here: they compare whole answers."
+            "majority mean nothing here: "
+            + (
+                "they compare whole texts. Say with --answer where in a text the answer is."
+                if found.key is action_key
+                else "check that --answer finds the answers."
+            )
         )
     return tuple(notes)
 
@@ -301,6 +361,14 @@ def _quiet() -> Generator[None]:
         yield
     finally:
         log.removeFilter(below_error)
+
+
+def _diversity(candidates: Sequence[Candidate], key: Key) -> tuple[float, float]:
+    """Share of pairs with the same answer, and effective number of answers; who abstains is unlike everyone."""
+    n = len(candidates)
+    counts = Counter(vote if (vote := key(c)) is not None else ("abstains", c.index) for c in candidates)
+    squares = sum(count**2 for count in counts.values())
+    return (squares - n) / (n * (n - 1)) if n > 1 else math.nan, n**2 / squares if n else math.nan
 
 
 def _length(one: Graded) -> float:

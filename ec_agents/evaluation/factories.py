@@ -92,7 +92,21 @@ def make(factory: Factory, **given: Any) -> Any:
     return factory(**{name: value for name, value in given.items() if name in parameters})
 
 
-def asker(made: Any, *, n: int, top_logprobs: int | None, seed_calls: bool) -> Callable[[str, int], Awaitable[Any]]:
+def described(made: Any) -> dict[str, Any]:
+    """The fields of a chat model, also a bound one, that its answers depend on; empty if nothing is known."""
+    bound = getattr(made, "bound", None)
+    fields = {} if bound is None else described(bound)
+    for name in ("model", "model_name", "temperature", "top_p", "max_tokens", "extra_body"):
+        value = getattr(made, name, None)
+        if isinstance(value, str | int | float | Mapping):
+            fields[name.removesuffix("_name")] = value
+    given: Any = getattr(made, "kwargs", None)
+    return {**fields, **given} if isinstance(given, Mapping) and bound is not None else fields
+
+
+def asker(
+    made: Any, *, n: int, top_logprobs: int | None, seed_calls: bool, system_prompt: str | None = None
+) -> Callable[[str, int], Awaitable[Any]]:
     """Return a function of prompt and seed that samples one response.
 
     Raises:
@@ -108,9 +122,13 @@ def asker(made: Any, *, n: int, top_logprobs: int | None, seed_calls: bool) -> C
         model = model.bind(**logprobs_settings(top_logprobs))
     else:
         model = sampling_model(made, (), top_logprobs)
+
+    def messages(prompt: str) -> Any:
+        return prompt if system_prompt is None else [("system", system_prompt), ("user", prompt)]
+
     if seed_calls:
-        return lambda prompt, seed: model.ainvoke(prompt, seed=seed)
-    return lambda prompt, _: model.ainvoke(prompt)
+        return lambda prompt, seed: model.ainvoke(messages(prompt), seed=seed)
+    return lambda prompt, _: model.ainvoke(messages(prompt))
 
 
 class AgentRun:

@@ -80,11 +80,7 @@ def _lengths(evaluation: Evaluation) -> str:
 
 def _curves(evaluation: Evaluation) -> str:
     points = sorted({n for row in evaluation.rows for n in row.curve if not n & (n - 1)} | {evaluation.n_candidates})
-    rows = [
-        [row.selector, *(f"{100 * row.curve[n]:.1f}" if n in row.curve else "" for n in points)]
-        for row in evaluation.rows
-        if row.curve
-    ]
+    rows = [[row.selector, *(_share(row.curve.get(n)) for n in points)] for row in evaluation.rows if row.curve]
     return _table(["selector", *map(str, points)], rows)
 
 

@@ -19,17 +19,30 @@ from langgraph.errors import GraphRecursionError
 from ec_agents.agents.step import describe_failure
 from ec_agents.candidates import Candidate, CandidateSet, Step, add_usage
 from ec_agents.errors import ConfigError, SamplingError, TraceError, UnsupportedLogprobs, WriteError
-from ec_agents.evaluation.comparison import evaluate, evaluate_runs
+from ec_agents.evaluation.checkers import Checker, name_of
+from ec_agents.evaluation.comparison import evaluate, evaluate_runs, voting
 from ec_agents.evaluation.factories import (
     AgentRun,
     Factory,
     answer_of,
     asker,
+    described,
     make,
     makes_agents,
     seed_of,
     token_text,
     usage_of,
+)
+from ec_agents.evaluation.grading import (
+    CHECKER_RAISED,
+    begun,
+    graded,
+    graded_run,
+    graded_step,
+    is_right,
+    refuse_other_grading,
+    refuse_other_prompts,
+    usage,
 )
 from ec_agents.evaluation.outcomes import Graded, RunOutcome
 from ec_agents.evaluation.settings import ALWAYS, CONCURRENCY, EvalSettings
@@ -43,14 +56,16 @@ from ec_agents.evaluation.store import (
     locked,
     read_outcome_lines,
     recorded_steps,
+    recorded_trajectories,
     steps_under_way,
     write_outcome_line,
 )
 from ec_agents.evaluation.table import Evaluation
-from ec_agents.evaluation.tasks import Checker, EvalTask, ToolCalls
+from ec_agents.evaluation.tasks import EvalTask
 from ec_agents.files import make_folder
 from ec_agents.sampling import sample
 from ec_agents.scoring import RandomScorer, Scores, action_key
+from ec_agents.scoring.answers import ANSWERS, Extract, answer_key
 from ec_agents.selection import Selector
 from ec_agents.trace import TraceWriter
 
@@ -61,8 +76,6 @@ ERRORS_AT_FIRST = 5
 
 _FATAL = (ConfigError, TraceError, UnsupportedLogprobs, WriteError)
 """Errors that every other run would meet too."""
-_CHECKER = "the checker raised "
-"""Begins the error of a run whose answer could not be graded."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,6 +93,8 @@ class UnitRunner:
     """Store of the agents' states."""
     recorded: Mapping[str, Mapping[int, Step]]
     """Recorded steps of the agents' unfinished runs: run → number → step."""
+    answer: Extract | None
+    """Finds the answers that votes compare; None compares whole texts."""
 
     async def outcome(self, unit: Unit, task: EvalTask) -> OutcomeLine:
         """Sample or run, and grade; an exception of the agent, the server or the checker becomes ``error``.
@@ -93,7 +108,7 @@ class UnitRunner:
         name, trial, selector = unit
         run = f"{name}/{trial}/{selector or 'all'}#{uuid4().hex[:8]}"
         seed = seed_of(self.settings.seed, name, trial)
-        start = OutcomeLine(run=run, task=name, trial=trial, selector=selector, seed=seed)
+        start = begun(task, self.check, run=run, trial=trial, selector=selector, seed=seed)
         under_way = UnderWay(self.out, unit)
         try:
             if selector is None:
@@ -106,10 +121,10 @@ class UnitRunner:
 
     async def _one_step(self, start: OutcomeLine, task: EvalTask, under_way: UnderWay) -> OutcomeLine:
         """Sample the candidates that are still missing, and grade all of them."""
-        before = under_way.steps()
+        before = {i: s for i, s in under_way.steps().items() if s.info.get("prompt") in {None, start.prompt}}
         began = time.perf_counter()
         run = next((step.run for step in before.values()), start.run)
-        drawn, texts = await self._sampled(run, start.seed, task, under_way, before)
+        drawn, texts = await self._sampled(msgspec.structs.replace(start, run=run), task, under_way, before)
         step = Step(
             run=run,
             task=task.id,
@@ -117,24 +132,35 @@ class UnitRunner:
             selection=next(iter(self.selectors.values()), Selector())(drawn.candidates),
             failures={i: describe_failure(failure) for i, failure in drawn.failures.items()},
             seconds=None if before else time.perf_counter() - began,
-            info={"trial": start.trial, "seed": start.seed, "tokens": texts},
+            info={
+                "trial": start.trial,
+                "seed": start.seed,
+                "prompt": start.prompt,
+                "tokens": texts,
+                **self._answers(drawn.candidates),
+            },
         )
         self.trace.write(step)
         return await graded(self.check, msgspec.structs.replace(start, run=run), task, step)
 
     async def _sampled(
-        self, run: str, seed: int, task: EvalTask, under_way: UnderWay, before: Mapping[int, Step]
+        self, start: OutcomeLine, task: EvalTask, under_way: UnderWay, before: Mapping[int, Step]
     ) -> tuple[CandidateSet, dict[str, Any]]:
         """All candidates, each saved as it arrives, and the texts of their tokens."""
         texts: dict[int, Any] = {index: step.info["tokens"] for index, step in before.items()}
-        n, k = self.settings.n, self.settings.top_logprobs
-        model = make(self.factory, n=n, task=task, seed=seed)
-        ask = asker(model, n=n, top_logprobs=k, seed_calls=self.settings.seed_calls)
+        settings, n = self.settings, self.settings.n
+        ask = asker(
+            make(self.factory, n=n, task=task, seed=start.seed),
+            n=n,
+            top_logprobs=settings.top_logprobs,
+            seed_calls=settings.seed_calls,
+            system_prompt=settings.system_prompt,
+        )
 
         async def call(index: int) -> object:
             if index in before:
                 return before[index].candidates[0]
-            response = await ask(task.prompt, seed_of(seed, index))
+            response = await ask(task.prompt, seed_of(start.seed, index))
             texts[index] = token_text(response)
             return response
 
@@ -142,10 +168,18 @@ class UnitRunner:
 
             def save(index: int, result: Candidate | BaseException) -> None:
                 if isinstance(result, Candidate) and index not in before:
-                    saved.write(Step(run=run, number=index, candidates=[result], info={"tokens": texts[index]}))
+                    info = {"tokens": texts[index], "prompt": start.prompt}
+                    saved.write(Step(run=start.run, number=index, candidates=[result], info=info))
 
             drawn = await sample(call, n=n, on_result=save)
         return drawn, {str(index): texts[index] for index in drawn.messages if texts[index] is not None}
+
+    def _answers(self, candidates: Sequence[Candidate]) -> dict[str, Any]:
+        """The answers that votes compare, by candidate, and how they were found; nothing for whole texts."""
+        if self.answer is None:
+            return {}
+        found = {str(candidate.index): self.answer(candidate.content) for candidate in candidates}
+        return {"answer": {"by": name_of(self.answer, ANSWERS), "found": found}}
 
     async def _whole_run(self, start: OutcomeLine, task: EvalTask, under_way: UnderWay, selector: str) -> OutcomeLine:
         """Run an agent to its end, resuming an interrupted run if possible."""
@@ -163,11 +197,11 @@ class UnitRunner:
                 if not records_itself:
                     self.trace.write(step)
         except (GraphRecursionError, ContextOverflowError):  # the agent's own failure
-            right = False
+            start, right = msgspec.structs.replace(start, gave_up=True), False
         except SamplingError as error:
             if not all(isinstance(failure, ContextOverflowError) for failure in error.failures.values()):
                 raise
-            right = False
+            start, right = msgspec.structs.replace(start, gave_up=True), False
         else:
             right = await is_right(self.check, task, *answer_of(run.state))
         spent = add_usage(usages) or usage_of(run.state)
@@ -212,37 +246,6 @@ def _seeded(selector: Selector, seed: int) -> Selector:
     return replace(selector, scorer=_RunRandom(seed)) if is_random else selector
 
 
-async def graded(check: Checker, start: OutcomeLine, task: EvalTask, step: Step) -> OutcomeLine:
-    """Grade every candidate of a step; an exception of the checker becomes ``error``."""
-    right: dict[int, bool] = {}
-    for candidate in step.candidates:
-        verdict = await is_right(check, task, candidate.content, candidate.tool_calls)
-        if isinstance(verdict, str):
-            return msgspec.structs.replace(start, error=verdict, usage=usage(step))
-        right[candidate.index] = verdict
-    return msgspec.structs.replace(start, right=right, usage=usage(step))
-
-
-async def is_right(check: Checker, task: EvalTask, text: str, calls: ToolCalls) -> bool | str:
-    """Ask the checker, synchronous or not; a text describes the exception that it raised.
-
-    Raises:
-        ConfigError: The checker does not fit the task.
-    """
-    try:
-        verdict = check(task, text, calls)
-        return bool(await verdict if inspect.isawaitable(verdict) else verdict)
-    except ConfigError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a checker is the user's code, and may raise anything
-        return f"{_CHECKER}{type(error).__name__}: {error}"
-
-
-def usage(step: Step) -> dict[str, int]:
-    """Tokens of all candidates of a step, and of the responses that were discarded before them."""
-    return add_usage([step.info.get("spent"), *(candidate.usage for candidate in step.candidates)])
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """Progress of an evaluation."""
@@ -274,12 +277,17 @@ class EvalRun:
     """Runs of each task."""
     concurrency: int = CONCURRENCY
     """Concurrent runs; each samples its N candidates at once."""
+    answer: Extract | None = None
+    """Finds in a text the answer that votes compare; None compares whole texts."""
+    regrade: bool = False
+    """Whether to grade the recorded answers again and to ask nothing."""
     on_progress: Callable[[Progress], None] = lambda _: None
     _done: dict[Unit, OutcomeLine] = field(default_factory=dict[Unit, OutcomeLine])
     _errors_in_a_row: list[str] = field(default_factory=list[str])
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Check the numbers, and let votes compare answers."""
+        self.selectors = {name: voting(one, answer_key(self.answer)) for name, one in self.selectors.items()}
         if min(self.trials, self.concurrency, self.settings.n) < 1:
             raise ConfigError("n, trials and concurrency must be 1 or more")
 
@@ -298,19 +306,20 @@ class EvalRun:
         """Do the runs that are not done yet.
 
         Raises:
-            ConfigError: The directory belongs to an evaluation with other settings, another process works on it, or
-                the checker raises.
+            ConfigError: The directory belongs to an evaluation with other settings, tasks or another model or checker,
+                another process works on it, or the checker raises.
             SamplingError: Every run ended in an error, or too many in a row did; everything done is kept.
             TraceError: The trace cannot be written.
             WriteError: Another file of the directory cannot be written.
         """
         make_folder(self.out)
         with locked(self.out), TraceWriter(self.out / TRACE) as trace:
-            check_settings(self.out, asdict(self.settings))
+            check_settings(self.out, {**asdict(self.settings), **self._model()})
             self._done = {unit: outcome for unit, outcome in read_outcome_lines(self.out) if outcome.error is None}
+            await self._compare_with_now()
             if not self.is_multi_step:
                 await self._grade_what_was_sampled()
-            missing = [unit for unit in self.units if unit not in self._done]
+            missing = [unit for unit in self.units if unit not in self._done and not self.regrade]
             self._report()
             async with checkpoints(self.out) if self.is_multi_step and missing else nullcontext() as saver:
                 await self._work_on(iter(missing), self._runner(missing, trace, saver))
@@ -335,9 +344,42 @@ class EvalRun:
             order = list(self.selectors)
             wanted = sorted(self._wanted(), key=lambda entry: order.index(entry[0][2] or ""))
             runs = [_run_outcome(outcome) for _, outcome in wanted]
-            return evaluate_runs(runs, seed=self.settings.seed, **options)
+            return evaluate_runs(runs, seed=self.settings.seed, answer=self.answer, **options)
         selectors = {name: selector for name, selector in self.selectors.items() if name not in ALWAYS}
-        return evaluate(self.graded(), selectors, seed=self.settings.seed, **options)
+        return evaluate(self.graded(), selectors, seed=self.settings.seed, answer=self.answer, **options)
+
+    def _model(self) -> dict[str, Any]:
+        """The model of one-step tasks, as far as it describes itself."""
+        if self.is_multi_step or not self.tasks:
+            return {}
+        try:
+            return {"model": described(make(self.factory, n=self.settings.n, task=self.tasks[0], seed=0))}
+        except _FATAL:
+            raise
+        except Exception:  # noqa: BLE001 - the factory is the user's code; the runs report what it raises
+            return {}
+
+    async def _compare_with_now(self) -> None:
+        """Refuse outcomes that rest on other tasks or another checker, or grade the recorded answers again."""
+        tasks = {task.id: task for task in self.tasks}
+        now = {name: begun(task, self.check, run="", trial=0) for name, task in tasks.items()}
+        wanted = set(self.units)
+        known = {unit: outcome for unit, outcome in self._done.items() if unit in wanted}
+        refuse_other_prompts(list(known.values()), now, self.out)
+        if not self.regrade:
+            refuse_other_grading(list(known.values()), now, self.out)
+            return
+        names = {outcome.run: unit for unit, outcome in known.items()}
+        for trajectory in recorded_trajectories(self.out / TRACE):
+            if (unit := names.pop(trajectory.run, None)) is not None:
+                fresh = now[unit[0]]
+                start = msgspec.structs.replace(
+                    known[unit], prompt=fresh.prompt, answer=fresh.answer, checker=fresh.checker
+                )
+                grade = graded_run if self.is_multi_step else graded_step
+                self._finish(unit, await grade(self.check, start, tasks[unit[0]], trajectory.steps))
+        for unit in names.values():
+            await graded_run(self.check, known[unit], tasks[unit[0]], ())
 
     def _wanted(self) -> list[tuple[Unit, OutcomeLine]]:
         latest, units = dict(read_outcome_lines(self.out)), set(self.units)
@@ -352,6 +394,7 @@ class EvalRun:
             out=self.out,
             trace=trace,
             saver=saver,
+            answer=self.answer,
             recorded=steps_under_way(self.out, units) if self.is_multi_step else {},
         )
 
@@ -379,7 +422,10 @@ class EvalRun:
         for step in recorded_steps(self.out / TRACE):
             unit = (step.task or "", int(step.info.get("trial", 0)), None)
             if step.run not in finished and unit not in self._done and step.task in tasks:
-                start = OutcomeLine(run=step.run, task=step.task, trial=unit[1], seed=step.info.get("seed", 0))
+                seed = step.info.get("seed", 0)
+                start = begun(tasks[step.task], self.check, run=step.run, trial=unit[1], seed=seed)
+                if step.info.get("prompt") not in {None, start.prompt}:
+                    continue  # an answer to another prompt
                 self._finish(unit, await graded(self.check, start, tasks[step.task], step))
 
     def _finish(self, unit: Unit, outcome: OutcomeLine) -> None:
@@ -403,7 +449,7 @@ class EvalRun:
         """What ends an evaluation whose runs fail, with the first error."""
         first = self._errors_in_a_row[0]
         text = f"{which} ended in an error, the first with: {first}; everything done is kept in {self.out}: "
-        if first.startswith(_CHECKER):
+        if first.startswith(CHECKER_RAISED):
             return ConfigError(f"{text}correct the checker and run the same command again, which samples nothing twice")
         return SamplingError(f"{text}remove the cause and run the same command again", {})
 

@@ -28,6 +28,8 @@ class EvalSettings:
     """Whether to send each call of a one-step task its seed; not every server accepts one."""
     top_logprobs: int | None = 20
     """Alternatives per token that each call of a one-step task asks for; None requests no log-probabilities."""
+    system_prompt: str | None = None
+    """Sent before the prompt of each one-step task."""
 
 
 CONCURRENCY = 4

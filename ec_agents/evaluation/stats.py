@@ -202,6 +202,12 @@ def best_of_subset(ranked: Sequence[float], n: int) -> float:
     return ways / math.comb(total, n)
 
 
+def folds_of(tasks: Sequence[str], rng: np.random.Generator, folds: int) -> NDArray[np.int64]:
+    """The fold of each value, ``(G,)``; a task lies in one fold only."""
+    names, cluster = np.unique(np.asarray(tasks), return_inverse=True)
+    return rng.permutation(np.arange(len(names)) % folds)[cluster]
+
+
 def cross_fit(
     outcomes: Mapping[str, Floats], tasks: Sequence[str], rng: np.random.Generator, *, folds: int = 5
 ) -> tuple[Floats, list[str]]:
@@ -219,13 +225,13 @@ def cross_fit(
     Raises:
         ConfigError: No setting is given, or there are fewer tasks than folds.
     """
-    names, cluster = np.unique(np.asarray(tasks), return_inverse=True)
-    if not outcomes or not 2 <= folds <= len(names):
+    n_tasks = len(set(tasks))
+    if not outcomes or not 2 <= folds <= n_tasks:
         raise ConfigError(
             f"tuning needs settings, and at least as many tasks as folds (2 or more); found {len(outcomes)} settings, "
-            f"{len(names)} tasks and {folds} folds"
+            f"{n_tasks} tasks and {folds} folds"
         )
-    fold = rng.permutation(np.arange(len(names)) % folds)[cluster]
+    fold = folds_of(tasks, rng, folds)
     settings = list(outcomes)
     table = np.stack([outcomes[name] for name in settings])
     result, picks = np.empty(table.shape[1]), list[str]()
@@ -234,6 +240,33 @@ def cross_fit(
         result[fold == k] = table[best, fold == k]
         picks.append(settings[best])
     return result, picks
+
+
+def brier(margins: ArrayLike, right: ArrayLike, fold: NDArray[np.int64]) -> tuple[float, float] | None:
+    """Mean squared error of the chance that the margin gives a choice, and that of the share of right choices.
+
+    The chance is the share of right choices at margins of the same fifth, counted on the other folds, with one right
+    and one wrong choice added. Lower is better; a margin that tells nothing does not fall below the second number.
+
+    Args:
+        margins: ``(G,)``; NaN is ignored.
+        right: ``(G,)`` outcomes, 0..1.
+        fold: ``(G,)``.
+    """
+    x, y = np.asarray(margins, dtype=np.float64), np.asarray(right, dtype=np.float64)
+    known = np.isfinite(x)
+    x, y, fold = x[known], y[known], fold[known]
+    if len(np.unique(fold)) < 2:
+        return None
+    chance, base = np.empty(len(x)), np.empty(len(x))
+    for k in np.unique(fold).tolist():
+        other, here = fold != k, fold == k
+        edges = np.quantile(x[other], (0.2, 0.4, 0.6, 0.8))
+        bins = np.searchsorted(edges, x, "right")
+        hits = np.bincount(bins[other], weights=y[other], minlength=5) + 1
+        chance[here] = (hits / (np.bincount(bins[other], minlength=5) + 2))[bins[here]]
+        base[here] = (y[other].sum() + 1) / (other.sum() + 2)
+    return float(np.mean((chance - y) ** 2)), float(np.mean((base - y) ** 2))
 
 
 def _all_signs(count: int) -> Floats:

@@ -12,10 +12,10 @@ from typing import Any
 import msgspec
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
-from ec_agents.candidates import Step
+from ec_agents.candidates import Step, Trajectory
 from ec_agents.errors import ConfigError, WriteError
 from ec_agents.files import explained, private, replace_text
-from ec_agents.trace import TraceWriter, read_steps
+from ec_agents.trace import TraceWriter, read_steps, read_trajectories
 
 try:
     import fcntl
@@ -48,6 +48,14 @@ class OutcomeLine(msgspec.Struct, frozen=True, kw_only=True):
     """How often the run was interrupted, could not be resumed, and was started over."""
     repeated: int = 0
     """Calls of recorded steps that were repeated because of that."""
+    gave_up: bool = False
+    """Whether the agent ended without an answer, by its own failure: wrong for every checker."""
+    prompt: str = ""
+    """Digest of the prompt that was answered."""
+    answer: str = ""
+    """Digest of everything else of the task, by which the answer was graded."""
+    checker: str = ""
+    """Name of the checker; of one that is not built in, with a digest of its source."""
 
 
 Unit = tuple[str, int, str | None]
@@ -84,6 +92,8 @@ def write_outcome_line(out: Path, outcome: OutcomeLine) -> None:
 def check_settings(out: Path, wanted: Mapping[str, Any]) -> None:
     """Write the settings into a new directory, or compare them with those of an existing one.
 
+    Settings that the directory does not record are added to it.
+
     Raises:
         ConfigError: The settings differ, or those of the directory cannot be read.
         WriteError: The file cannot be written.
@@ -96,9 +106,10 @@ def check_settings(out: Path, wanted: Mapping[str, Any]) -> None:
         found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except msgspec.DecodeError as error:
         raise ConfigError(f"{path} is damaged ({error}); restore it, or use another directory") from error
-    other = [
-        f"{key}: {found.get(key)!r} there, {value!r} now" for key, value in wanted.items() if found.get(key) != value
-    ]
+    now: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(wanted))
+    other = [f"{key}: {found[key]!r} there, {now[key]!r} now" for key in now if key in found and found[key] != now[key]]
+    if not other and now.keys() - found.keys():
+        replace_text(path, msgspec.json.format(msgspec.json.encode({**now, **found})).decode())
     if other:
         raise ConfigError(f"{out} holds an evaluation with other settings ({'; '.join(other)}); use another directory")
 
@@ -125,6 +136,11 @@ def locked(out: Path) -> Generator[None]:
 def recorded_steps(path: Path) -> Iterator[Step]:
     """The steps of a trace; none if the file does not exist yet or is empty."""
     return read_steps(path) if path.exists() and path.stat().st_size else iter(())
+
+
+def recorded_trajectories(path: Path) -> Iterator[Trajectory]:
+    """The runs of a trace; none if the file does not exist yet or is empty."""
+    return read_trajectories(path) if path.exists() and path.stat().st_size else iter(())
 
 
 class UnderWay:

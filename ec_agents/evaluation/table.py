@@ -15,13 +15,18 @@ from numpy.typing import NDArray
 from ec_agents.errors import ConfigError
 from ec_agents.evaluation.replay import Replay
 from ec_agents.evaluation.settings import ALWAYS, BASELINES
-from ec_agents.evaluation.stats import Estimate, Resampling, all_right, auroc, holm, paired_p
+from ec_agents.evaluation.stats import Estimate, Resampling, all_right, auroc, brier, holm, paired_p
 from ec_agents.files import replace_text
 
 Floats = NDArray[np.float64]
 
 _BINS = 20
 _MARGIN_BINS = 5
+
+COVERAGES = (10, 25, 50, 75, 100)
+"""Percent of the steps at each point of a risk-coverage curve."""
+FOLDS = 5
+"""Folds of every cross-fitting."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +90,12 @@ class Row:
     """AUROC over all candidates of all steps."""
     margin_auroc: float | None = None
     """AUROC of the margin: right choices against wrong ones."""
+    margin_brier: tuple[float, float] | None = None
+    """Brier score of the chance of being right that the margin gives, cross-fitted, and that of a constant chance."""
     margins: tuple[MarginBin, ...] = ()
     """Reliability of the margin, from small to large."""
+    coverage: Mapping[int, Estimate] = field(default_factory=dict[int, Estimate])
+    """Percent of the steps, those with the largest margins → share of right choices among them."""
     unscored: float | None = None
     """Share of candidates without a score."""
     flawed: float | None = None
@@ -101,7 +110,7 @@ class Row:
     """Tokens per right outcome."""
     cost_per_solved: float | None = None
     """Cost per right outcome, in the currency of the prices."""
-    curve: Mapping[int, float] = field(default_factory=dict[int, float])
+    curve: Mapping[int, Estimate] = field(default_factory=dict[int, Estimate])
     """n → expected accuracy with only n candidates."""
     by_length: tuple[Estimate | None, ...] = ()
     """Accuracy in the thirds of the steps with short, medium and long candidates, or of the tasks by their runs."""
@@ -109,6 +118,8 @@ class Row:
     """Scores of right and wrong candidates."""
     note: str = ""
     """Remark that a reader of this row needs."""
+    by_task: tuple[float, ...] = ()
+    """Mean outcome of each task, in the order of the evaluation's ``tasks``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +145,14 @@ class Evaluation:
     """Seed of resampling and subsets."""
     baselines: tuple[str, ...] = ()
     """Rows that the others are compared with."""
+    tasks: tuple[str, ...] = ()
+    """Names of the tasks."""
+    equal: Estimate | None = None
+    """Diversity: share of pairs of candidates with the same answer or action."""
+    effective_n: Estimate | None = None
+    """Diversity: mean number of different answers that would be as diverse, 1 / Σ share²; at most N."""
+    answer: str = "text"
+    """What votes compared: whole texts, or how the answer was found in them."""
     n_restarted: int = 0
     """How often a whole run was interrupted, could not be resumed, and was started over."""
     n_repeated: int = 0
@@ -256,7 +275,8 @@ class RowBuilder:
             Row(selector=replays.name, accuracy=accuracy, pass_hat=self._pass_hat(right), note=replays.note),
             regret=mean(self._outcomes["oracle"] - right) if "oracle" in self._outcomes else None,
             versus=self._versus(replays),
-            curve=_curve(replays, self._points),
+            curve=self._curve(replays),
+            by_task=tuple(self._resampling.per_task(right).tolist()),
             by_length=tuple(self._resampling.share(np.where(part, right, np.nan)) for part in self._thirds),
             **_costs(replays, self._prices),
             **self._score_quality(replays),
@@ -284,6 +304,26 @@ class RowBuilder:
         }
         return {k: estimate for k, estimate in estimates.items() if estimate is not None}
 
+    def _curve(self, replays: Replays) -> dict[int, Estimate]:
+        """Mean outcome at each n; a step with fewer candidates than n counts with all it has."""
+        curves = [replay.curve for replay in replays.replays if replay.curve]
+        if len(curves) < len(replays.replays):
+            return {}
+        found = {
+            n: self._resampling.share([curve[min(i, len(curve) - 1)] for curve in curves])
+            for i, n in enumerate(self._points)
+        }
+        return {n: estimate for n, estimate in found.items() if estimate is not None}
+
+    def _coverage(self, margins: Floats, right: Floats) -> dict[int, Estimate]:
+        """Share of right choices among the steps with the largest margins."""
+        known = margins[np.isfinite(margins)]
+        found = {
+            percent: self._resampling.share(np.where(margins >= np.quantile(known, 1 - percent / 100), right, np.nan))
+            for percent in (COVERAGES if len(known) else ())
+        }
+        return {percent: estimate for percent, estimate in found.items() if estimate is not None}
+
     def _score_quality(self, replays: Replays) -> dict[str, Any]:
         """How well the scores separate right from wrong; empty without scores."""
         scores = replays.joined(lambda replay: replay.scores)
@@ -296,6 +336,8 @@ class RowBuilder:
             "auroc_within": mean(replays.of(lambda replay: replay.auroc)),
             "auroc": _known(auroc(scores, labels)),
             "margin_auroc": _known(auroc(margins, replays.right > 0.5)),
+            "margin_brier": brier(margins, replays.right, self._resampling.cluster % FOLDS),
+            "coverage": self._coverage(margins, replays.right),
             "margins": _margin_bins(margins, replays.right, self._outcomes.get("random", replays.right)),
             "unscored": float(np.isnan(scores).mean()),
             "flawed": sum(replay.n_flawed for replay in replays.replays) / len(scores),
@@ -314,14 +356,6 @@ def corrected(rows: Iterable[Row]) -> tuple[Row, ...]:
     for (i, name), p in zip(places, p_values, strict=True):
         corrected[i][name] = replace(rows[i].versus[name], p_holm=p)
     return tuple(replace(row, versus=corrected.get(i, {})) for i, row in enumerate(rows))
-
-
-def _curve(replays: Replays, points: Sequence[int]) -> dict[int, float]:
-    """Mean outcome at each n; a step with fewer candidates than n counts with all it has."""
-    curves = [replay.curve for replay in replays.replays if replay.curve]
-    if len(curves) < len(replays.replays):
-        return {}
-    return {n: float(np.mean([curve[min(i, len(curve) - 1)] for curve in curves])) for i, n in enumerate(points)}
 
 
 def _costs(replays: Replays, prices: tuple[float, float] | None) -> dict[str, Any]:

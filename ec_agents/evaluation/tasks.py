@@ -1,11 +1,12 @@
-"""Tasks, from a file or an embedded family, and the checkers that grade answers."""
+"""Tasks, from a file or an embedded family."""
 
+import hashlib
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
@@ -28,10 +29,6 @@ class EvalTask:
     """The right answer, if it is a text to compare with."""
     info: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Anything else that the checker or the agent needs."""
-
-
-Checker = Callable[[EvalTask, str, ToolCalls], bool | Awaitable[bool]]
-"""Takes the task, the text of the answer and all tool calls made (``name``, ``args``); returns whether it is right."""
 
 
 def read_tasks(source: str, *, limit: int | None = None, seed: int = 0) -> tuple[list[EvalTask], bool]:
@@ -83,7 +80,7 @@ def _task(line: bytes, where: str, name: str) -> EvalTask:
         data = msgspec.json.decode(line, type=dict[str, Any])
         answer = data.pop("answer", None)
         return EvalTask(
-            id=str(data.pop("id", name)),
+            id=str(data.pop("id", data.get("task_id", name))),
             prompt=msgspec.convert(data.pop("prompt"), str),
             answer=None if answer is None else str(answer),
             info=data,
@@ -91,45 +88,6 @@ def _task(line: bytes, where: str, name: str) -> EvalTask:
     except (KeyError, msgspec.MsgspecError) as error:
         found = line[:80].decode(errors="replace").strip()
         raise ConfigError(f"{where}: an object with a text 'prompt' is needed ({error}); found {found}") from error
-
-
-def check_embedded(task: EvalTask, text: str, tool_calls: ToolCalls) -> bool:
-    """Check an answer to a task of an embedded family."""
-    expressions = [str(call["args"].get("expression")) for call in tool_calls if call["name"] == "calc"]
-    return embedded_task(task).check(text, expressions)
-
-
-def check_exact(task: EvalTask, text: str, tool_calls: ToolCalls) -> bool:  # noqa: ARG001 - the form of a checker
-    """Whether the text equals the answer, ignoring case and spacing."""
-    return _plain(text) == _plain(_answer(task))
-
-
-def check_math(task: EvalTask, text: str, tool_calls: ToolCalls) -> bool:  # noqa: ARG001 - the form of a checker
-    r"""Whether the last mathematical expression of the text, or the content of ``\boxed``, equals the answer.
-
-    Raises:
-        ConfigError: The task has no answer, the answer is not mathematics, or the extra ``math`` is not installed.
-    """
-    parse, verify = _math_verify()
-    gold = parse(f"${_answer(task)}$")
-    if not gold:
-        raise ConfigError(f"task {task.id!r}: the answer {task.answer!r} is not a mathematical expression")
-    return bool(verify(gold, parse(text)))
-
-
-CHECKERS: Mapping[str, Checker] = {"exact": check_exact, "math": check_math, "embedded": check_embedded}
-"""Built-in checkers by name."""
-
-
-def checker(name: str) -> Checker:
-    """Find a checker by name: one of ``CHECKERS``, or ``module:function`` for a custom one.
-
-    Raises:
-        ConfigError: No checker has that name, or it needs an extra that is not installed.
-    """
-    if name == "math":
-        _math_verify()
-    return CHECKERS[name] if name in CHECKERS else load(name, "--check")
 
 
 def load(name: str, what: str) -> Any:
@@ -149,19 +107,6 @@ def load(name: str, what: str) -> Any:
         raise ConfigError(f"{what} {name!r} cannot be loaded: {error}") from error
 
 
-def _math_verify() -> tuple[Callable[[str], Any], Callable[[Any, Any], bool]]:
-    try:
-        from math_verify import parse, verify  # noqa: PLC0415 - an optional extra
-    except ImportError as error:
-        raise ConfigError(f"--check math needs the extra 'math' ({error}): pip install 'ec-agents[math]'") from error
-    return cast("Any", parse), cast("Any", verify)
-
-
-def _answer(task: EvalTask) -> str:
-    if task.answer is None:
-        raise ConfigError(f"task {task.id!r} has no 'answer' to compare with; add one, or use a custom checker")
-    return task.answer
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
+def digest(*parts: object) -> str:
+    """A short digest of texts and numbers, to see whether they changed."""
+    return hashlib.blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=6).hexdigest()

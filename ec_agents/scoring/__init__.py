@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from ec_agents.errors import ConfigError
+from ec_agents.scoring.answers import ANSWERS, answer_key, voting_on
 from ec_agents.scoring.base import (
     Best,
     CountsVotes,
@@ -35,6 +36,7 @@ from ec_agents.scoring.baselines import (
     top_k_certainty,
 )
 from ec_agents.scoring.centroids import CentroidScorer, StandardizedCentroidScorer, raw_centroid, raw_centroid_noise
+from ec_agents.scoring.learned import Learned, read_selector
 from ec_agents.scoring.noise import Chance, chance_of_margin, normal_chance
 from ec_agents.scoring.votes import (
     BordaVote,
@@ -46,6 +48,7 @@ from ec_agents.scoring.votes import (
 )
 
 __all__ = [
+    "ANSWERS",
     "SCORERS",
     "Best",
     "BordaVote",
@@ -59,6 +62,7 @@ __all__ = [
     "FirstScorer",
     "KnowsChance",
     "KnowsNoise",
+    "Learned",
     "MajorityVote",
     "RandomScorer",
     "Scorer",
@@ -148,11 +152,27 @@ SCORERS: Mapping[str, Callable[[], Scorer]] = {
 
 
 def scorer_named(name: str) -> Scorer:
-    """A fresh scorer by its name in ``SCORERS``.
+    """A fresh scorer by its name in ``SCORERS``, or the one in a ``.json`` file that ``ec-agents pilot`` wrote.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: There is none of that name, or the file is not a saved selector.
     """
+    if name.endswith(".json"):
+        return _saved_scorer(name)
     if name not in SCORERS:
         raise ConfigError(f"no scorer is called {name!r}; known: {', '.join(SCORERS)}")
     return SCORERS[name]()
+
+
+def _saved_scorer(path: str) -> Scorer:
+    """The scorer in a file: a learned one, or the name of another and what its votes compare."""
+    name, data = read_selector(path)
+    if name == "learned":
+        return Learned.load(path)
+    answer = str(data.get("answer", "text"))
+    if name not in SCORERS or answer not in {"text", *ANSWERS}:
+        raise ConfigError(
+            f"{path} names the scorer {name!r} and answers found by {answer!r}, which only your code knows: give "
+            "selector= a scorer made there"
+        )
+    return voting_on(SCORERS[name](), answer_key(ANSWERS.get(answer)))

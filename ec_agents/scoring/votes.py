@@ -3,7 +3,8 @@
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, get_args
+from copy import copy
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +62,17 @@ class MajorityVote:
     def __init__(self, key: Key = action_key, *, tie_break: Scorer | None = None) -> None:
         self._key = key
         self.tie_break = tie_break
+
+    @property
+    def votes_on(self) -> Key:
+        """The key that was given."""
+        return self._key
+
+    def on(self, key: Key) -> Self:
+        """A copy of this vote with another key."""
+        other = copy(self)
+        other._key = key  # noqa: SLF001 - its own class
+        return other
 
     def key(self, candidate: Candidate) -> str | None:
         """What a candidate votes for; None = it abstains."""

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,10 @@ OUTCOMES = st.lists(st.booleans(), min_size=1, max_size=9)
 
 def table(graded: Sequence[Graded], **options: object) -> Evaluation:
     return evaluate(graded, {"entropy": SIZE}, resamples=200, **options)  # type: ignore[arg-type]
+
+
+def values(curve: Mapping[int, stats.Estimate]) -> list[float]:
+    return [point.value for point in curve.values()]
 
 
 @given(st.lists(st.tuples(OUTCOMES, st.integers(0, 3)), min_size=1, max_size=6))
@@ -158,7 +162,7 @@ def test_a_perfect_score_is_found_out():
     assert (row.auroc_within.value, row.auroc) == (1.0, 1.0)
     assert set(row.versus) == {"first", "random", "majority"}
     assert all(d.value > 0 and d.p_holm < 0.01 for d in row.versus.values())
-    assert list(row.curve.values()) == pytest.approx(list(oracle.curve.values()))
+    assert values(row.curve) == pytest.approx(values(oracle.curve))
     assert row.tokens == 6 * 6
     assert row.tokens_per_solved == pytest.approx(36 / row.accuracy.value)
     assert row.cost_per_solved == pytest.approx(6 * (5 + 2) / 1e6 / row.accuracy.value)
@@ -173,7 +177,7 @@ def test_an_exact_curve_agrees_with_subsets():
     drawn = table(graded, subsets=150)
     dependent = evaluate(graded, {"e": Selector(scorer=SIZE.scorer, tie_break=SIZE.scorer)}, subsets=150, resamples=10)
     assert list(exact) == [1, 2, 3, 4, 5, 6]
-    assert list(dependent.row("e").curve.values()) == pytest.approx(list(exact.values()), abs=0.05)
+    assert values(dependent.row("e").curve) == pytest.approx(values(exact), abs=0.05)
     assert drawn.row("entropy").curve == exact
 
 
@@ -188,8 +192,10 @@ def test_the_curve_of_a_vote_counts_votes_in_each_subset():
     graded = [draw("a", [True, True, False], [0.1, 0.2, 0.3], texts=["4", "4", "5"])]
     found = evaluate(graded, {"vote": Selector(scorer=MajorityVote())}, subsets=300, resamples=10).row("vote")
     assert found.accuracy.value == 1.0
-    assert found.curve[1] == pytest.approx(2 / 3)
-    assert found.curve[2] == pytest.approx(1.0)  # ties go to the lower index, and both pairs with the wrong one have it
+    assert found.curve[1].value == pytest.approx(2 / 3)
+    assert found.curve[2].value == pytest.approx(
+        1.0
+    )  # ties go to the lower index, and both pairs with the wrong one have it
 
 
 def test_failures_stay_in_the_denominator():
@@ -224,7 +230,7 @@ def test_baselines():
     graded = noise(10, 4, np.random.default_rng(0))
     found = evaluate(graded, {"entropy": SIZE, "other": SIZE}, baselines=("first", "majority", "entropy"), resamples=20)
     assert found.baselines == ("first", "majority", "entropy")
-    compared = {row.selector: tuple(row.versus) for row in found.rows}
+    compared = {row.selector: tuple(row.versus) for row in found.rows if row.selector != "learned"}
     assert compared == {
         "avg@1": (),
         "first": (),

@@ -166,9 +166,9 @@ def test_charts_show_the_same_in_pages_and_plots():
     by_n, by_tokens = charts.accuracy_by_n(found), charts.gain_by_tokens(found)
     assert by_n is not None
     assert by_tokens is not None
-    assert [s.name for s in by_n.series] == ["oracle", "majority", "random", "centroid", "mean-entropy"]
+    assert [s.name for s in by_n.series] == ["oracle", "majority", "random", "centroid", "mean-entropy", "learned"]
     assert [s.name for s in by_tokens.series] == ["oracle", "majority", "centroid", "mean-entropy"]
-    assert dict(by_n.series[3].points) == found.row("centroid").curve
+    assert dict(by_n.series[3].points) == {n: at.value for n, at in found.row("centroid").curve.items()}
     runs = [RunOutcome(task=str(i), selector="first", right=True) for i in range(4)]
     assert charts.accuracy_by_n(evaluate_runs(runs)) is None
 
@@ -245,7 +245,7 @@ def test_an_evaluation_shows_table_curves_distributions_and_reliability(tmp_path
         "Reliability of the margin",
     ):
         assert heading in text
-    assert text.count("<svg") == 2 + 2 + 2 + 5  # curves, distributions, reliability, and the keys
+    assert text.count("<svg") == 2 + 3 + 3 + 6  # curves, distributions, reliability, and the keys
     runs = [RunOutcome(task=str(i), selector=name, right=True) for i in range(4) for name in ("first", "mine")]
     write_evaluation_report(evaluate_runs(runs), tmp_path / "b.html")
     assert "runs of each selector" in (tmp_path / "b.html").read_text(encoding="utf-8")

@@ -16,12 +16,13 @@ from langgraph.checkpoint.memory import InMemorySaver
 from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.embedded import EmbeddedChatModel
 from ec_agents.evaluation import run as run_eval
+from ec_agents.evaluation.checkers import check_embedded, check_exact
 from ec_agents.evaluation.factories import embedded_agent
 from ec_agents.evaluation.run import EvalRun
 from ec_agents.evaluation.settings import EvalSettings
 from ec_agents.evaluation.store import CHECKPOINTS, TRACE, UNDER_WAY, read_outcome_lines
 from ec_agents.evaluation.table import Evaluation
-from ec_agents.evaluation.tasks import EvalTask, check_embedded, check_exact, read_tasks
+from ec_agents.evaluation.tasks import EvalTask, read_tasks
 from ec_agents.scoring import CentroidScorer
 from ec_agents.selection import Selector
 from ec_agents.testing import Reply, ScriptedChatModel, profile_logprobs

@@ -12,21 +12,24 @@ import pytest
 from helpers.processes import COMMAND, run, start
 from helpers.waiting import settle
 from langchain_core.exceptions import ContextOverflowError
+from typer.testing import CliRunner
 
 from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.candidates import Candidate, Step
-from ec_agents.cli.main import main
+from ec_agents.cli.main import app, main
 from ec_agents.embedded import EmbeddedChatModel, make_tasks
 from ec_agents.errors import ConfigError, SamplingError, TraceError, UnsupportedLogprobs, WriteError
+from ec_agents.evaluation.checkers import check_embedded, check_exact, check_math, checker
 from ec_agents.evaluation.factories import embedded_agent, embedded_model, seed_of
+from ec_agents.evaluation.grading import begun
 from ec_agents.evaluation.run import ERRORS_AT_FIRST, EvalRun, Progress, usage
 from ec_agents.evaluation.settings import EvalSettings
 from ec_agents.evaluation.store import OUTCOMES, SETTINGS, TRACE, OutcomeLine, read_outcome_lines, write_outcome_line
 from ec_agents.evaluation.table import load_evaluation
-from ec_agents.evaluation.tasks import EvalTask, check_embedded, check_exact, check_math, checker, read_tasks
+from ec_agents.evaluation.tasks import EvalTask, read_tasks
 from ec_agents.scoring import CentroidScorer, FirstScorer, RandomScorer
 from ec_agents.selection import Selector
-from ec_agents.testing import Reply, ScriptedChatModel, profile_logprobs
+from ec_agents.testing import FaultServer, Reply, ScriptedChatModel, profile_logprobs
 from ec_agents.trace import read_steps
 
 SELECTORS = {"centroid": Selector(scorer=CentroidScorer()), "first": Selector(scorer=FirstScorer())}
@@ -291,7 +294,7 @@ async def test_error_after_error_ends_the_evaluation(tmp_path: Path):
     with pytest.raises(SamplingError, match="5 runs in a row ended in an error, the first with: .*no route"):
         await run.run()
     assert ERRORS_AT_FIRST <= len(list(read_outcome_lines(tmp_path))) < ERRORS_AT_FIRST + run.concurrency
-    write_outcome_line(tmp_path, OutcomeLine(run="r", task="t99", trial=0, right={0: True}))
+    write_outcome_line(tmp_path, begun(a_task("t99"), check_exact, run="r", trial=0, right={0: True}))
     with pytest.raises(SamplingError, match="20 runs in a row ended in an error, the first with: .*no route"):
         await an_evaluation(tmp_path, factory, count=100).run()
 
@@ -512,7 +515,7 @@ def test_the_command_evaluates_an_agent_and_a_trace(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tasks.jsonl"], "ConfigError: --agent is needed for tasks of a file"),
+        (["tasks.jsonl"], "ConfigError: --base-url and --model, or --agent, are needed"),
         (
             ["nothing.jsonl", "--agent", "mine:factory"],
             "ConfigError: tasks must be one of solve, play, plain or a",
@@ -600,3 +603,29 @@ def test_exact_answers_and_unknown_checkers():
     with pytest.raises(ConfigError, match="--check must be module:name; found 'vibes'"):
         checker("vibes")
     assert checker("math") is check_math
+
+
+def test_the_command_needs_no_python_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A server, a model and tasks are enough; the settings reach every request, and a wrong one sends nothing."""
+    (tmp_path / "tasks.jsonl").write_text('{"id": "a", "prompt": "2 + 2?", "answer": "4"}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MY_KEY", "k-123")
+    replies = [Reply(content=f"so {n}", profile="!..") for n in (4, 4, 5)]
+    with FaultServer(replies * 2) as server:
+        base = ["eval", "tasks.jsonl", "--base-url", server.base_url, "--model", "m", "--n", "3", "--out", "run"]
+        usual = ["--check", "number", "--temperature", "0.7", "--max-tokens", "99", "--api-key-env", "MY_KEY"]
+        for wrong, message in (
+            (["--extra-body", "[1]"], "--extra-body must be a JSON object"),
+            (["--api-key-env", "NO_SUCH"], "NO_SUCH is not set"),
+            (["--agent", "mine:factory"], "both name a model"),
+        ):
+            ended = CliRunner().invoke(app, [*base, *wrong])
+            assert message in str(ended.exception)
+        assert not server.requests
+        extra = ["--system-prompt", "Be brief.", "--extra-body", '{"min_p": 0.1}']
+        ended = CliRunner().invoke(app, [*base, *usual, *extra])
+        assert ended.exit_code == 0, ended.output
+        body = server.requests[0]
+    assert (body["temperature"], body["min_p"], body["messages"][0]["content"]) == (0.7, 0.1, "Be brief.")
+    table = load_evaluation(tmp_path / "run" / "evaluation.json")
+    assert (table.answer, table.row("majority").accuracy.value) == ("last-number", 1.0)
