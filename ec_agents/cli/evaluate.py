@@ -144,6 +144,8 @@ def table_of(evaluation: Evaluation) -> Table:
     if evaluation.n_restarted:
         title += f", {evaluation.n_restarted} runs started over ({evaluation.n_repeated} calls repeated)"
     caption = f"{evaluation.level:.0%} intervals over tasks; * p < 0.05, paired, Holm-corrected"
+    if evaluation.effective_n is not None:
+        caption += f"; votes compare {evaluation.answer}, effective N {evaluation.effective_n.value:.1f}"
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=None)
     table.padding, table.pad_edge = (0, 1, 0, 0), False
     baselines = evaluation.compared

@@ -53,7 +53,17 @@ def _heading(evaluation: Evaluation) -> str:
         f"{evaluation.n_tasks} tasks, {evaluation.n_draws} {what}, {evaluation.n_failed} failed calls or runs, which "
         f"count as not right.{again} Right answers in percent, with {evaluation.level:.0%} intervals from a bootstrap "
         f"over tasks ({evaluation.resamples} resamples, seed {evaluation.seed}). Differences in points, paired by "
-        "task; two-sided p, Holm-corrected for all comparisons of the table; bold: p < 0.05."
+        "task, each with the interval of a single comparison; two-sided p, Holm-corrected for all comparisons of the "
+        f"table, so that an interval may exclude 0 where p does not agree; bold: p < 0.05.{_diversity(evaluation)}"
+    )
+
+
+def _diversity(evaluation: Evaluation) -> str:
+    if evaluation.equal is None or evaluation.effective_n is None:
+        return ""
+    return (
+        f" Diversity: {_share(evaluation.equal)} % of the pairs of candidates give the same answer (compared: "
+        f"{evaluation.answer}); effective N {evaluation.effective_n.value:.1f} of {evaluation.n_candidates}."
     )
 
 

@@ -167,7 +167,7 @@ def test_charts_show_the_same_in_pages_and_plots():
     assert by_n is not None
     assert by_tokens is not None
     assert [s.name for s in by_n.series] == ["oracle", "majority", "random", "centroid", "mean-entropy", "learned"]
-    assert [s.name for s in by_tokens.series] == ["oracle", "majority", "centroid", "mean-entropy"]
+    assert [s.name for s in by_tokens.series] == ["oracle", "majority", "centroid", "mean-entropy", "learned"]
     assert dict(by_n.series[3].points) == {n: at.value for n, at in found.row("centroid").curve.items()}
     runs = [RunOutcome(task=str(i), selector="first", right=True) for i in range(4)]
     assert charts.accuracy_by_n(evaluate_runs(runs)) is None

@@ -1,4 +1,4 @@
-"""The learned selector: it finds a signal and none in noise, says what it weighs, and refuses what it was not made for."""
+"""The learned selector finds a signal and none in noise, shows its weights, and refuses what it was not made for."""
 
 from pathlib import Path
 
