@@ -120,22 +120,25 @@ async def test_the_deadline_counts_while_a_call_waits_for_its_place():
 
 
 async def test_a_step_that_is_cancelled_twice_still_sees_its_calls_end():
+    begun: list[int] = []
+    ending: list[int] = []
     ended: list[int] = []
 
     async def call(index: int) -> Any:
+        begun.append(index)
         try:
             await hang(index)
         finally:
+            ending.append(index)
             for _ in range(5):
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.sleep(0.01)
             ended.append(index)
 
     step = asyncio.create_task(sample(call, n=3))
-    await asyncio.sleep(0.01)
-    step.cancel()
-    await asyncio.sleep(0.01)
-    step.cancel()
+    for reached in (begun, ending):
+        await until(lambda reached=reached: len(reached) == 3)  # type: ignore[misc]
+        step.cancel()
     with pytest.raises(asyncio.CancelledError):
         await step
     assert sorted(ended) == [0, 1, 2]

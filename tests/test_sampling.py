@@ -3,11 +3,10 @@
 import asyncio
 import contextvars
 import threading
-import time
 from typing import Any
 
 import pytest
-from helpers.waiting import others
+from helpers.waiting import others, until
 from langchain_core.messages import AIMessage
 from langgraph.errors import GraphInterrupt
 from openai.types.chat import ChatCompletion
@@ -21,8 +20,6 @@ from ec_agents.testing import Reply, profile_logprobs
 
 
 async def answer(index: int) -> AIMessage:
-    """One answer each; the later ones come first."""
-    await asyncio.sleep(0.02 / (index + 1))
     return Reply(content=f"answer {index}").message()
 
 
@@ -41,10 +38,21 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_results_are_in_index_order(n: int):
     """Results are in index order, whatever the order of completion."""
     done: list[int] = []
-    drawn = await sample(answer, n=n, on_result=lambda index, result: done.append(index))
+    ended = [asyncio.Event() for _ in range(n + 1)]
+    ended[n].set()
+
+    async def last_first(index: int) -> AIMessage:
+        await ended[index + 1].wait()
+        return await answer(index)
+
+    def on_result(index: int, result: Any) -> None:
+        done.append(index)
+        ended[index].set()
+
+    drawn = await sample(last_first, n=n, on_result=on_result)
     assert [c.index for c in drawn.candidates] == list(range(n))
     assert [c.content for c in drawn.candidates] == [f"answer {i}" for i in range(n)]
-    assert sorted(done) == list(range(n))
+    assert done == list(reversed(range(n)))
     assert list(drawn.messages) == list(range(n))
     assert drawn.failures == {}
 
@@ -144,9 +152,11 @@ async def test_call_cancelled_from_within():
 
 
 async def test_cancelling_the_step_reaches_every_call_and_leaves_no_task():
+    begun: list[int] = []
     cancelled: list[int] = []
 
     async def call(index: int) -> AIMessage:
+        begun.append(index)
         try:
             return await hang(index)
         except asyncio.CancelledError:
@@ -155,7 +165,7 @@ async def test_cancelling_the_step_reaches_every_call_and_leaves_no_task():
             raise
 
     step = asyncio.create_task(sample(call, n=8))
-    await asyncio.sleep(0.01)
+    await until(lambda: len(begun) == 8)
     step.cancel()
     with pytest.raises(asyncio.CancelledError):
         await step
@@ -341,9 +351,10 @@ def test_blocking_callers_in_many_threads_share_one_loop():
 
 
 def test_interrupting_a_blocking_caller_cancels_the_work(monkeypatch: pytest.MonkeyPatch):
-    cancelled = threading.Event()
+    begun, cancelled = threading.Event(), threading.Event()
 
     async def work() -> None:
+        begun.set()
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -351,7 +362,7 @@ def test_interrupting_a_blocking_caller_cancels_the_work(monkeypatch: pytest.Mon
             raise
 
     def interrupt(self: Any) -> None:
-        time.sleep(0.05)
+        assert begun.wait(5)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ec_agents.sampling.Future.result", interrupt)

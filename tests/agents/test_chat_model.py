@@ -7,6 +7,7 @@ from uuid import UUID
 
 import pytest
 from helpers.adding import EARLY, LATE, add
+from helpers.waiting import until
 from langchain_core.callbacks import BaseCallbackHandler, UsageMetadataCallbackHandler, get_usage_metadata_callback
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, ToolMessage
 from langchain_core.outputs import ChatGeneration, ChatResult, LLMResult
@@ -212,9 +213,9 @@ async def test_the_limits_of_a_call_hold():
 
 
 async def test_cancelling_leaves_no_task():
-    model = CentroidChatModel(ScriptedChatModel(replies=[Reply(delay=float("inf"))] * 4), n=4)
-    run = asyncio.create_task(model.ainvoke("hi"))
-    await asyncio.sleep(0.05)
+    asked = ScriptedChatModel(replies=[Reply(delay=float("inf"))] * 4)
+    run = asyncio.create_task(CentroidChatModel(asked, n=4).ainvoke("hi"))
+    await until(lambda: len(asked.requests) == 4)
     run.cancel()
     with pytest.raises(asyncio.CancelledError):
         await run

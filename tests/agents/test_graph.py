@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import pytest
 from helpers.adding import ASK, EARLY, LATE, THREAD, add, call_add, record, two_steps
 from helpers.processes import run
+from helpers.waiting import until
 from langchain_core.caches import InMemoryCache
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.outputs import ChatResult
@@ -150,8 +151,9 @@ def test_too_few_successes():
 
 
 async def test_cancelling_the_run_leaves_no_task():
-    run = asyncio.create_task(agent_of([Reply(delay=math.inf)] * 8, n=8).ainvoke(ASK))
-    await asyncio.sleep(0.1)
+    model = ScriptedChatModel(replies=[Reply(delay=math.inf)] * 8)
+    run = asyncio.create_task(create_centroid_agent(model, [add], n=8).ainvoke(ASK))
+    await until(lambda: len(model.requests) == 8)
     run.cancel()
     with pytest.raises(asyncio.CancelledError):
         await run

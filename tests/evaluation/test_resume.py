@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from helpers.processes import FORKS
+from helpers.waiting import until
 from langgraph.checkpoint.memory import InMemorySaver
 
 from ec_agents.agents.graph import create_centroid_agent
@@ -155,12 +156,15 @@ async def test_of_a_one_step_task_every_answer_is_kept_as_it_comes(tmp_path: Pat
     stuck, asked = asyncio.Event(), Counter[int]()
     hung = {2}
 
+    def kept() -> list[bytes]:
+        return [line for path in (tmp_path / UNDER_WAY).iterdir() for line in path.read_bytes().splitlines()]
+
     def factory() -> Any:
         async def answer(prompt: str) -> dict[str, Any]:
             index = asked.total() % 4 if hung else 2
             asked[index] += 1
             if index in hung:
-                await asyncio.sleep(0.02)
+                await until(lambda: len(kept()) == 3)
                 stuck.set()
                 await asyncio.Event().wait()
             return choice("yes" if index else "no")
