@@ -92,7 +92,9 @@ def test_the_profile_says_whether_schemas_are_known_to_work():
     assert ours(profile={"max_input_tokens": 10}).profile == {"max_input_tokens": 10}
 
 
-@pytest.mark.parametrize("name", [*THROUGH_KWARGS, *REFUSED, "baseurl", "max_completion_tokens", "stop_sequences"])
+@pytest.mark.parametrize(
+    "name", [*sorted(THROUGH_KWARGS), *sorted(REFUSED), "baseurl", "max_completion_tokens", "stop_sequences"]
+)
 def test_what_is_not_an_argument_is_refused_by_name(name: str):
     with pytest.raises(ValidationError, match=f"OpenAIChatModel has no argument '{name}'.*model_kwargs"):
         ours(**{name: None})
