@@ -58,8 +58,8 @@ def run_evaluation(options: EvalOptions, console: Console, *, command: str = "")
         SamplingError: The runs ended in errors.
         WriteError: A file cannot be written.
     """
-    prices, grids = _prices(options.prices), _grids(options.tune)
-    run, n_tasks = _prepared(options)
+    prices, grids = token_prices(options.prices), _grids(options.tune)
+    run, n_tasks = prepared(options)
     if run.is_multi_step and grids:
         raise ConfigError("--tune needs one-step tasks, where all settings see the same candidates")
     if grids and n_tasks < FOLDS:
@@ -79,7 +79,7 @@ def replay_evaluation(options: EvalOptions, outcomes: Path, *, command: str = ""
         TraceError: A file cannot be read.
         WriteError: A file cannot be written.
     """
-    prices, grids = _prices(options.prices), _grids(options.tune)
+    prices, grids = token_prices(options.prices), _grids(options.tune)
     selectors = named_selectors([*options.selector, *options.baseline])
     make_folder(options.out)
     evaluation = evaluate(
@@ -95,7 +95,7 @@ def replay_evaluation(options: EvalOptions, outcomes: Path, *, command: str = ""
     return _saved(evaluation, options, command)
 
 
-def _prepared(options: EvalOptions) -> tuple[EvalRun, int]:
+def prepared(options: EvalOptions) -> tuple[EvalRun, int]:
     """The evaluation, and the number of its tasks."""
     tasks, is_embedded = read_tasks(options.tasks, limit=options.limit, seed=options.seed)
     if options.agent is None and options.base_url is None and not is_embedded:
@@ -224,7 +224,12 @@ def _grids(texts: Sequence[str]) -> dict[str, dict[str, Selector]]:
     return {f"tuned({text})": named_selectors(text.split(",")) for text in texts}
 
 
-def _prices(text: str | None) -> tuple[float, float] | None:
+def token_prices(text: str | None) -> tuple[float, float] | None:
+    """Read the option ``--prices``.
+
+    Raises:
+        ConfigError: It is not two numbers of 0 or more.
+    """
     if text is None:
         return None
     try:

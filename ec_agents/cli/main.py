@@ -7,6 +7,7 @@ import asyncio
 import os
 import shlex
 import sys
+from dataclasses import replace
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -117,7 +118,30 @@ def evaluate(options: EvalOptions) -> None:
     say(f"Full report: {options.out / 'report.html'}")
 
 
+def pilot(options: EvalOptions) -> None:
+    """Find out whether selection pays for a model and tasks: which selector, which N, at what cost."""
+    command = _load("cli.pilot")
+    options = replace(options, selector=["all"])
+    line, terminal = shlex.join(["ec-agents", *sys.argv[1:]]), Terminal()
+    evaluation, found = command.run_pilot(options, terminal, command=line)
+    terminal.print(_load("cli.evaluate").table_of(evaluation))
+    for note in evaluation.notes:
+        say(f"Note: {note}")
+    say("\n".join(found.sentences))
+    say(f"Selector: {options.out / 'selector.json'}; full report: {options.out / 'report.html'}")
+
+
 app.command(name="eval")(command_of(EvalOptions, evaluate))
+app.command(name="pilot")(command_of(EvalOptions, pilot))
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Directory of an evaluation, or its evaluation.json.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
+) -> None:
+    """Compare two evaluations selector by selector, paired on the tasks that both have."""
+    Terminal().print(_load("cli.pilot").compared(a, b))
 
 
 @app.command()
