@@ -168,7 +168,7 @@ METADATA = st.dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(METADATA, st.dictionaries(st.sampled_from(["refusal", "parsed"]), VALUES), st.dictionaries(st.text(), VALUES))
 def test_any_message_becomes_a_candidate_that_a_checkpoint_holds(metadata: Any, more: Any, args: Any):
     message = AIMessage(

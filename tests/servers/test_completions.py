@@ -42,7 +42,7 @@ RESPONSES = st.builds(
 FORMS = st.sampled_from([{"separators": (",", ":")}, {}, {"indent": 1}])
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(RESPONSES, FORMS, st.integers(1, 300))
 def test_slices(choice: Any, form: Any, size: int):
     """A list of tokens that is decoded in slices gives what it gives at once, whatever the tokens and texts are."""
