@@ -334,18 +334,26 @@ class Selection:
         """Whether signal-free candidates have such a margin in fewer than 5 % of steps; None where it is not known."""
         return None if self.p_noise is None else self.p_noise < NOISE_LEVEL
 
-    def to_builtins(self) -> dict[str, Any]:
-        """The selection as builtins only; candidate indexes become strings, as in JSON."""
+    def to_builtins(self, n: int = 0) -> dict[str, Any]:
+        """Return the selection as builtins only.
+
+        What belongs to single candidates becomes lists by candidate index, which are the same in Python and in JSON:
+        ``data["scores"][data["chosen"]]``. A call that failed has None there, and no flaws.
+
+        Args:
+            n: How many calls were made; the lists are at least that long.
+        """
+        n = max(n, 1 + max(self.order, default=-1))
         return {
             "chosen": self.chosen,
             "order": list(self.order),
-            "scores": {str(i): score for i, score in self.scores.items()},
+            "scores": by_index(self.scores, n, None),
             "margin": self.margin,
             "reason": self.reason,
             "selector": self.selector,
-            "flaws": {str(i): dict(flaws) for i, flaws in self.flaws.items()},
-            "n_tokens": {str(i): n for i, n in self.n_tokens.items()},
-            "n_phases": {str(i): n for i, n in self.n_phases.items()},
+            "flaws": [dict(flaws) for flaws in by_index(self.flaws, n, {})],
+            "n_tokens": by_index(self.n_tokens, n, None),
+            "n_phases": by_index(self.n_phases, n, None),
             "margin_sd": self.margin_sd,
             "p_noise": self.p_noise,
             "above_noise": self.above_noise,
@@ -354,15 +362,49 @@ class Selection:
 
     @classmethod
     def from_builtins(cls, data: Mapping[str, Any]) -> Self:
-        """Undo ``to_builtins``; what this version does not know is left out.
+        """Undo ``to_builtins``; fields that this version does not know are dropped.
 
         Raises:
-            StateError: A field is missing or of a wrong type.
+            StateError: A field is missing or of a wrong type, or the lists do not fit the order.
         """
         try:
-            return msgspec.convert(data, cls, str_keys=True)
+            stored = msgspec.convert(data, _StoredSelection)
         except (msgspec.ValidationError, TypeError) as error:
             raise StateError(f"a saved selection is damaged: {error}") from error
+        if stored.chosen not in stored.order or not 0 <= min(stored.order) <= max(stored.order) < len(stored.scores):
+            found = f"choice {stored.chosen}, order {stored.order}, {len(stored.scores)} scores"
+            raise StateError(f"a saved selection is damaged: {found}"[:300])
+        given = {name: getattr(stored, name) for name in _SELECTION_FIELDS}
+        given["scores"] = {i: stored.scores[i] for i in sorted(stored.order)}
+        given["flaws"] = {i: flaws for i, flaws in enumerate(stored.flaws) if flaws}
+        given["n_tokens"] = {i: n for i, n in enumerate(stored.n_tokens) if n is not None}
+        given["n_phases"] = {i: n for i, n in enumerate(stored.n_phases) if n is not None}
+        return cls(**given)
+
+
+class _StoredSelection(msgspec.Struct):
+    """The builtins form of a selection, for checking types."""
+
+    chosen: int
+    order: list[int]
+    scores: list[float | None]
+    margin: float | None
+    reason: Reason
+    selector: str
+    flaws: list[dict[str, str]] = []
+    n_tokens: list[int | None] = []
+    n_phases: list[int | None] = []
+    margin_sd: float | None = None
+    p_noise: float | None = None
+    n_agree: int = 1
+
+
+_SELECTION_FIELDS = tuple(f.name for f in fields(Selection))
+
+
+def by_index(found: Mapping[int, Any], n: int, missing: Any) -> list[Any]:
+    """Return the values of a mapping from candidate index as a list of ``n`` values or as many as it takes."""
+    return [found.get(index, missing) for index in range(max(n, 1 + max(found, default=-1)))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -189,9 +189,9 @@ class Selector:
 
     def _ranking(self, candidates: Sequence[Candidate]) -> _Ranking:
         ordered = sorted(candidates, key=lambda candidate: candidate.index)
-        if not ordered or len({candidate.index for candidate in ordered}) != len(ordered):
-            found = [candidate.index for candidate in ordered]
-            raise ConfigError(f"one or more candidates with different indexes are needed; found indexes {found}")
+        found = [candidate.index for candidate in ordered]
+        if not found or len(set(found)) != len(found) or found[0] < 0:
+            raise ConfigError(f"one or more candidates with different indexes from 0 are needed; found indexes {found}")
         flaws = {candidate.index: self._flaws(candidate) for candidate in ordered}
         groups = ([c for c in ordered if not flaws[c.index]], [c for c in ordered if flaws[c.index]])
         scores = self._score(self.scorer, groups)

@@ -28,7 +28,7 @@ from typing import Any, Self, cast
 
 import msgspec
 
-from ec_agents.candidates import Candidate, Selection, Step, Trajectory, storable
+from ec_agents.candidates import Candidate, Selection, Step, Trajectory, by_index, storable
 from ec_agents.errors import ConfigError, LogprobsMalformed, ServerError, StateError, TraceError
 from ec_agents.foreign_records import read_record
 from ec_agents.jsonl import Records, decoded, zstd
@@ -270,7 +270,7 @@ def _to_record(step: Step, clean: Callable[[Any], Any]) -> dict[str, Any]:
         "seconds": step.seconds,
         "candidates": candidates,
         "selection": selection,
-        "failures": {str(i): clean(text) for i, text in step.failures.items()},
+        "failures": by_index({i: clean(text) for i, text in step.failures.items()}, 0, None),
         "info": clean(step.info),
     }
 
@@ -290,7 +290,7 @@ class _Line(msgspec.Struct):
     time: float | None = None
     seconds: float | None = None
     selection: dict[str, Any] | None = None
-    failures: dict[int, str] | None = None
+    failures: list[str | None] = []
     info: dict[str, Any] | None = None
 
 
@@ -300,7 +300,7 @@ def _from_record(record: Mapping[str, Any]) -> Step:
             f"a step in format {record['ec_agents']!r} found, {TRACE_FORMAT} or lower needed: a newer version of "
             "ec_agents wrote this trace; read it with that version"
         )
-    line = msgspec.convert(record, _Line, str_keys=True)
+    line = msgspec.convert(record, _Line)
     step = Step(
         run=line.run,
         number=line.number,
@@ -309,7 +309,7 @@ def _from_record(record: Mapping[str, Any]) -> Step:
         seconds=line.seconds,
         candidates=[_candidate(data) for data in line.candidates],
         selection=None if line.selection is None else Selection.from_builtins(line.selection),
-        failures=line.failures or {},
+        failures={i: text for i, text in enumerate(line.failures) if text is not None},
         info=line.info or {},
     )
     indexes = {candidate.index for candidate in step.candidates}

@@ -31,7 +31,7 @@ def one_line(model: BaseChatModel) -> None:
     print(f"question: {TASK.prompt}")
     for mode, event in agent.stream(ASK, stream_mode=["custom", "messages"]):
         if mode == "custom" and event["ec_agents"] == "choice":
-            scores = {i: score if score is None else round(score, 3) for i, score in event["scores"].items()}
+            scores = [score if score is None else round(score, 3) for score in event["scores"]]
             print(f"  chosen {event['chosen']} ({event['reason']}) of {scores}")
         elif mode == "messages":
             message, _ = event

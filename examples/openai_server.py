@@ -21,9 +21,9 @@ def main(base_url: str = "", model: str = "any") -> None:
         chat = OpenAIChatModel(model=model, base_url=base_url, temperature=1.0, seed=1, timeout=120)
         agent = create_centroid_agent(chat, [TASK.calc_tool()], n=8, interrupt_before=["tools"])
         state = agent.invoke({"messages": [("user", TASK.prompt)]})
-    for index, candidate in state["ec_decision"]["candidates"].items():
-        score = state["ec_decision"]["scores"][index]
-        mark = "→" if int(index) == state["ec_decision"]["chosen"] else " "
+    decision = state["ec_decision"]
+    for index, (candidate, score) in enumerate(zip(decision["candidates"], decision["scores"], strict=True)):
+        mark = "→" if index == decision["chosen"] else " "
         action = [call["args"] for call in candidate["tool_calls"]] or candidate["content"]
         print(f"{mark} {'unscored' if score is None else f'{score:8.3f}'}  {action}")
 

@@ -1,6 +1,7 @@
 """Selection: guards, ranking, ties, fallback, evidence."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -10,8 +11,8 @@ import pytest
 from helpers.candidates import candidate, signals
 from hypothesis import given, strategies as st
 
-from ec_agents.candidates import Candidate, TokenSignals
-from ec_agents.errors import ConfigError, SelectionError
+from ec_agents.candidates import Candidate, Selection, TokenSignals
+from ec_agents.errors import ConfigError, SelectionError, StateError
 from ec_agents.scoring import (
     SCORERS,
     CentroidScorer,
@@ -157,9 +158,9 @@ def test_one_candidate():
     assert select([peaked(3, finish_reason="length")]).reason == "all_flawed"
 
 
-@pytest.mark.parametrize("bad", [[], [peaked(0), peaked(0)]])
+@pytest.mark.parametrize("bad", [[], [peaked(0), peaked(0)], [peaked(-1)]])
 def test_no_candidates_or_equal_indexes_are_refused(bad: list[Candidate]):
-    with pytest.raises(ConfigError, match="different indexes are needed"):
+    with pytest.raises(ConfigError, match="different indexes from 0 are needed"):
         select(bad)
 
 
@@ -260,6 +261,23 @@ def test_candidates_survive_the_state_exactly(entropies: list[float], flaws: dic
     for field in ("entropies", "logprobs", "confidences"):
         np.testing.assert_array_equal(getattr(after.signals, field), getattr(before.signals, field))
     assert dataclasses.replace(after, signals=None) == dataclasses.replace(before, signals=None)
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=6, unique=True), st.sampled_from(["centroid", "majority"]))
+def test_selections_survive_json_exactly(indexes: list[int], name: str):
+    before = select([peaked(i, None if i % 3 == 2 else i, finish_reason="length" * (i % 2)) for i in indexes], name)
+    data = json.loads(json.dumps(before.to_builtins(25)))
+    assert data == before.to_builtins(25)
+    assert data["scores"][data["chosen"]] == before.scores[before.chosen]
+    assert {len(data[field]) for field in ("scores", "flaws", "n_tokens", "n_phases")} == {25}
+    assert Selection.from_builtins(data) == before
+
+
+@pytest.mark.parametrize("change", [{"chosen": 9}, {"order": []}, {"order": [0, -1]}, {"scores": []}, {"scores": {}}])
+def test_damaged_selections_are_refused(change: dict[str, Any]):
+    data = select([peaked(0), peaked(1)]).to_builtins()
+    with pytest.raises(StateError, match="a saved selection is damaged"):
+        Selection.from_builtins({**data, **change})
 
 
 @pytest.mark.parametrize("name", SCORERS)

@@ -151,8 +151,9 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         >>> from ec_agents.embedded import EmbeddedChatModel, make_tasks
         >>> agent = create_agent(EmbeddedChatModel(seed=1), middleware=[EntropyCentroidMiddleware(n=4)])
         >>> state = agent.invoke({"messages": [("user", make_tasks("play", 1)[0].prompt)]})
-        >>> sorted(state["messages"][-1].response_metadata["ec_agents"]["scores"])
-        ['0', '1', '2', '3']
+        >>> record = state["messages"][-1].response_metadata["ec_agents"]
+        >>> record["scores"][record["chosen"]] == min(record["scores"])
+        True
     """
 
     state_schema = CentroidAgentState
@@ -286,11 +287,12 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         """Choose; the response is the chosen one, whole."""
         _check_inner_commands(handler)
         seconds = time.perf_counter() - step.started
-        selection, record, _ = decide(self.selector, drawn, step.write)
+        selection, record, decision = decide(self.selector, drawn, step.write)
         if self.trace is not None:
             previous = (step.request.state.get("ec_decisions") or [None])[-1]
             named = partial(record_step, config=step.config, previous=previous, seconds=seconds)
-            record |= await asyncio.to_thread(named, self.trace, drawn, selection)
+            name = await asyncio.to_thread(named, self.trace, drawn, selection)
+            record, decision = record | name, decision | name
         answer: _Answer = drawn.messages[selection.chosen]
         if answer.error is not None:
             raise answer.error
@@ -300,7 +302,7 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         for found in answer.response.result:
             result += answered(message) if found is answer.message else [found]
         response = replace(answer.response, result=result)
-        return ExtendedModelResponse(response, Command(update={"ec_decisions": [record]}))
+        return ExtendedModelResponse(response, Command(update={"ec_decisions": [decision]}))
 
 
 async def _responded(

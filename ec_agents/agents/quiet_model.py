@@ -248,10 +248,14 @@ def _in_thread(generate: Callable[..., ChatResult]) -> Callable[..., Any]:
 
     @wraps(generate)
     async def agenerate(
-        self: Any, *args: Any, run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any
+        self: Any,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
     ) -> ChatResult:
         manager = None if run_manager is None else run_manager.get_sync()
-        return await in_thread(partial(generate, self, *args, run_manager=manager, **kwargs))
+        return await in_thread(partial(generate, self, messages, stop, manager, **kwargs))
 
     return agenerate
 
@@ -273,21 +277,22 @@ def _interruptible(generate: Callable[..., ChatResult], agenerate: Callable[...,
     synchronous: list[bool] = []
 
     @wraps(generate)
-    def answer(self: Any, *args: Any, run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any) -> ChatResult:
+    def answer(self: Any, *args: Any, **kwargs: Any) -> ChatResult:
         if _ASKED.get() is self:
             raise _Synchronous
         if not may_be_given_up() or synchronous or _has_synchronous_client_only(self):
-            return generate(self, *args, run_manager=run_manager, **kwargs)
+            return generate(self, *args, **kwargs)
 
         async def ask() -> ChatResult:
             _ASKED.set(self)
-            return await agenerate(self, *args, run_manager=_asynchronous(run_manager), **kwargs)
+            named = {name: _asynchronous(value) for name, value in kwargs.items()}
+            return await agenerate(self, *map(_asynchronous, args), **named)
 
         try:
             return run_blocking(ask)
         except _Synchronous:
             synchronous.append(True)
-            return generate(self, *args, run_manager=run_manager, **kwargs)
+            return generate(self, *args, **kwargs)
 
     return answer
 
@@ -298,10 +303,11 @@ def _has_synchronous_client_only(model: Any) -> bool:
     return any(getattr(model, one, None) is not None and getattr(model, other, None) is None for one, other in pairs)
 
 
-def _asynchronous(manager: CallbackManagerForLLMRun | None) -> AsyncCallbackManagerForLLMRun | None:
-    """Return the manager of the same run for asynchronous code."""
-    if manager is None:
-        return None
+def _asynchronous(argument: Any) -> Any:
+    """Return the manager of the same run for asynchronous code; any other argument as it is."""
+    if not isinstance(argument, CallbackManagerForLLMRun):
+        return argument
+    manager = argument
     return AsyncCallbackManagerForLLMRun(
         run_id=manager.run_id,
         handlers=manager.handlers,

@@ -15,7 +15,7 @@ from langgraph.constants import TAG_NOSTREAM
 
 from ec_agents.agents.quiet_model import is_stream
 from ec_agents.agents.telemetry import choice_span
-from ec_agents.candidates import Candidate, CandidateSet, Selection, Step, add_usage, storable
+from ec_agents.candidates import Candidate, CandidateSet, Selection, Step, add_usage, by_index, storable
 from ec_agents.errors import FailedCall, TraceError
 from ec_agents.messages import SIGNALS_KEY
 from ec_agents.selection import Selector
@@ -46,7 +46,8 @@ def decide(selector: Selector, drawn: CandidateSet, write: Write) -> tuple[Selec
         selection = selector(drawn.candidates)
         report(selection)
     record = decision_record(drawn, selection)
-    decision = {**record, "candidates": {str(c.index): shortened(outline(c)) for c in drawn.candidates}}
+    outlines = {c.index: shortened(outline(c)) for c in drawn.candidates}
+    decision = {**record, "candidates": by_index(outlines, len(record["scores"]), None)}
     write({"ec_agents": "choice", **decision})
     return selection, record, decision
 
@@ -157,8 +158,9 @@ _WRITTEN = ("content", "additional_kwargs", "tool_calls", "invalid_tool_calls", 
 
 def decision_record(drawn: CandidateSet, selection: Selection) -> dict[str, Any]:
     """The evidence of a choice as builtins, small enough to stay on the message: ``response_metadata["ec_agents"]``."""
-    failures = {str(i): describe_failure(failure) for i, failure in drawn.failures.items()}
-    return {**selection.to_builtins(), "failures": failures, "usage": total_usage(drawn)}
+    n = len(drawn.candidates) + len(drawn.failures)
+    failures = {i: describe_failure(failure) for i, failure in drawn.failures.items()}
+    return {**selection.to_builtins(n), "failures": by_index(failures, n, None), "usage": total_usage(drawn)}
 
 
 def outline(candidate: Candidate) -> dict[str, Any]:

@@ -277,13 +277,13 @@ def _step_table(step: int, candidates: Sequence[Candidate], decision: Mapping[st
     by_index = {candidate.index: candidate for candidate in candidates}
     for index in decision["order"]:
         candidate, chosen = by_index[index], index == decision["chosen"]
-        score = decision["scores"][str(index)]
-        flaws = " ".join(f"[{name}]" for name in decision["flaws"].get(str(index), {}))
+        score = decision["scores"][index]
+        flaws = " ".join(f"[{name}]" for name in decision["flaws"][index])
         table.add_row(
             "→" if chosen else "",
             str(index),
             "-" if score is None else f"{score:.3f}",
-            str(decision["n_tokens"].get(str(index), "-")),
+            "-" if candidate.signals is None else str(candidate.signals.n_tokens),
             picture(candidate.signals),
             Text(printable(f"{_action(candidate)} {flaws}").strip()),
             style="bold green" if chosen else "",

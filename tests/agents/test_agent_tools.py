@@ -249,7 +249,7 @@ def test_front_end(tools: list[Any]):
     agent = prebuilt(replies, tools, checkpointer=InMemorySaver())
     last = agent.invoke(ASK, THREAD)["messages"][-1]
     assert last.tool_calls[0]["name"] == "show"
-    assert last.response_metadata["ec_agents"]["flaws"] == {}
+    assert last.response_metadata["ec_agents"]["flaws"] == [{}] * 2
     result = ToolMessage("ok", tool_call_id=last.tool_calls[0]["id"])
     assert agent.invoke({"messages": [result]}, THREAD)["messages"][-1].text == "shown"
 

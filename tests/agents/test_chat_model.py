@@ -119,7 +119,7 @@ def test_a_chain_takes_it_as_any_chat_model():
 
 def test_it_works_on_the_embedded_model():
     message = CentroidChatModel(EmbeddedChatModel(seed=None), n=3).invoke("Ann has 12. How many has Ann?")
-    assert all(score is not None for score in message.response_metadata["ec_agents"]["scores"].values())
+    assert all(score is not None for score in message.response_metadata["ec_agents"]["scores"])
 
 
 def test_tools_are_bound_in_the_form_of_the_asked_model():
@@ -138,7 +138,7 @@ def test_an_invalid_action_loses(call: Any, problem: str):
     replies = [Reply(tool_calls=[call], profile=EARLY), Reply(tool_calls=[("add", {"a": 1, "b": 2})], profile=LATE)]
     message = CentroidChatModel(ScriptedChatModel(replies=replies), n=2).bind_tools([add]).invoke("1 + 2?")
     assert message.tool_calls[0]["name"] == "add"
-    assert problem in message.response_metadata["ec_agents"]["flaws"]["0"]["invalid_action"]
+    assert problem in message.response_metadata["ec_agents"]["flaws"][0]["invalid_action"]
 
 
 class Answer(BaseModel):

@@ -137,6 +137,28 @@ async def test_without_log_probabilities_nothing_is_refused_or_verified(make: An
 
 
 @EVERYWHERE
+async def test_a_record_reads_the_same_in_python_and_in_json(make: Any):
+    """What belongs to single candidates is a list by index, as long as the calls: a failed call keeps its place."""
+    replies = [Reply(error=ConnectionError("reset")), Reply(profile="!..."), Reply(profile="...!", tool_calls=[("nope", {})])]
+    [record] = records(await run(make(ScriptedChatModel(replies=replies), n=3)))
+    assert json.loads(json.dumps(record)) == record
+    assert record["scores"][record["chosen"]] == record["scores"][1] < 0.5
+    assert record["failures"] == ["ConnectionError: reset", None, None]
+    assert (record["scores"][0], record["n_tokens"], record["flaws"][:2]) == (None, [None, 4, 4], [{}, {}])
+
+
+@pytest.mark.parametrize("make", [graph, middleware])
+async def test_decisions_say_what_each_candidate_would_have_done(make: Any):
+    replies = [Reply(error=ConnectionError("reset")), Reply(profile="!...", content="3"), Reply(profile="...!", content="4" * 900)]
+    agent = make(ScriptedChatModel(replies=replies), n=3, agent={"checkpointer": InMemorySaver()})
+    await run(agent, config={"configurable": {"thread_id": "1"}})
+    values = agent.get_state({"configurable": {"thread_id": "1"}}).values
+    decision = values["ec_decision"] if "ec_decision" in values else values["ec_decisions"][-1]
+    failed, chosen, other = decision["candidates"]
+    assert (failed, chosen["content"], len(other["content"])) == (None, "3", 403)
+
+
+@EVERYWHERE
 async def test_temperature_0_is_refused(make: Any):
     with FaultServer(respond) as server, pytest.raises(ConfigError, match="temperature is 0, so all 2 candidates"):
         await run(make(chat(server, temperature=0), n=2))
@@ -168,7 +190,7 @@ async def test_auto_asks_again_as_json(
         assert ["tools" in request for request in server.requests[9:]] == [False] * 6
     assert called.tool_calls[0]["args"] == {"a": 1}
     assert (result.content, final.content, final.additional_kwargs["thought"]) == ("3", "it is 3", "I think")
-    assert all(score is not None for record in records(state) for score in record["scores"].values())
+    assert all(score is not None for record in records(state) for score in record["scores"])
     assert records(state)[0]["usage"]["input_tokens"] > records(state)[1]["usage"]["input_tokens"] == 30
 
 
@@ -237,7 +259,7 @@ async def test_json_and_a_tool_for_structured_output(way: str):
     options = {"response_format": ToolStrategy(Answer)}
     state = await run(middleware(model, n=2, action_format="json", agent=options), way)
     assert state["structured_response"] == Answer(value=3)
-    [flaws] = records(state)[0]["flaws"].values()
+    [flaws] = [found for found in records(state)[0]["flaws"] if found]
     assert "value" in flaws["invalid_action"]
     assert len(model.requests) == 2
     assert '"final_answer"' not in json.dumps(model.requests[0][1]["response_format"])

@@ -82,7 +82,7 @@ def test_the_message_says_how_it_was_chosen():
     state = agent_of(two_steps()).invoke(ASK)
     found = record(state["messages"][1])
     assert found["chosen"] == 1
-    assert found["scores"] == {"0": 0.75, "1": pytest.approx(0.15), "2": 0.75}
+    assert found["scores"] == [0.75, pytest.approx(0.15), 0.75]
     assert found["margin"] == pytest.approx(0.6)
     assert found["reason"] == "ranked"
     assert found["usage"] == {"input_tokens": 30, "output_tokens": 30, "total_tokens": 60}
@@ -130,10 +130,11 @@ def test_a_failed_and_a_hung_call_take_no_other_down():
     replies = [Reply(error=ConnectionError("reset")), Reply(delay=math.inf), Reply(content="fine")]
     found = agent_of(replies, policy=0.2).invoke(ASK)["messages"][-1]
     assert found.content == "fine"
-    assert record(found)["failures"] == {
-        "0": "ConnectionError: reset",
-        "1": "TimeoutError: no answer within 0.2 s (timeout)",
-    }
+    assert record(found)["failures"] == [
+        "ConnectionError: reset",
+        "TimeoutError: no answer within 0.2 s (timeout)",
+        None,
+    ]
 
 
 def test_too_few_successes():
@@ -177,7 +178,7 @@ def test_an_invalid_action_loses_to_a_valid_one(call: tuple[str, dict[str, Any]]
     state = agent_of(replies, n=2).invoke(ASK)
     found = record(state["messages"][1])
     assert found["chosen"] == 1
-    assert problem in found["flaws"]["0"]["invalid_action"]
+    assert problem in found["flaws"][0]["invalid_action"]
 
 
 def test_every_action_invalid():
@@ -198,7 +199,7 @@ def test_an_empty_response_loses_and_alone_it_is_recorded():
     )
     found = record(agent_of([Reply(content="")] * 2, n=2).invoke(ASK)["messages"][-1])
     assert found["reason"] == "all_flawed"
-    assert set(found["flaws"]["0"]) == {"empty"}
+    assert set(found["flaws"][0]) == {"empty"}
 
 
 def test_a_tool_that_raises_is_answered_with_its_error():
@@ -227,8 +228,8 @@ def test_a_tool_node_of_ones_own_decides_about_errors():
 def test_a_model_without_logprobs_falls_back_and_says_so(caplog: pytest.LogCaptureFixture):
     found = record(agent_of([Reply(content="3", profile=None)] * 3).invoke(ASK)["messages"][-1])
     assert found["reason"] == "fallback"
-    assert found["scores"] == {"0": None, "1": None, "2": None}
-    assert "logprobs is null or absent" in found["flaws"]["0"]["no_signal"]
+    assert found["scores"] == [None, None, None]
+    assert "logprobs is null or absent" in found["flaws"][0]["no_signal"]
     assert "could be scored" in caplog.text
 
 
@@ -241,7 +242,7 @@ def test_tool_calls_without_logprobs_never_win_by_having_no_data():
     replies = [call_add(1, 2, profile=None), Reply(content="3", profile=LATE), call_add(1, 2, profile=None)]
     found = agent_of(replies).invoke(ASK)["messages"][-1]
     assert found.content == "3"
-    assert record(found)["scores"]["0"] is None
+    assert record(found)["scores"][0] is None
 
 
 # Arguments
@@ -417,7 +418,7 @@ def test_a_person_sees_the_scored_candidates():
     assert waiting.next == ("tools",)
     decision = waiting.values["ec_decision"]
     assert decision["chosen"] == 1
-    assert [decision["candidates"][str(i)]["tool_calls"][0]["args"]["a"] for i in range(3)] == [1, 1, 9]
+    assert [decision["candidates"][i]["tool_calls"][0]["args"]["a"] for i in range(3)] == [1, 1, 9]
     agent.invoke(None, THREAD)
     assert done == [(1, 2)]
     assert len(model.requests) == 6

@@ -133,11 +133,11 @@ def test_hostile_message_costs_one_candidate(name: str, front_end: Any):
     sound = AIMessage("sound", response_metadata={"finish_reason": "stop", "logprobs": LOGPROBS})
     chosen = front_end(Answers([AIMessage(**EVERY[name]), sound, sound]), 3)
     record = chosen.response_metadata["ec_agents"]
-    assert sorted(record["scores"]) == ["0", "1", "2"]
-    assert record["failures"] == {}
+    assert len(record["scores"]) == 3
+    assert not any(record["failures"])
     if name in FLAWED:
         assert chosen.content == "sound"
-        [flaws] = record["flaws"].values()
+        [flaws] = [found for found in record["flaws"] if found]
         assert FLAWED[name][1] in flaws
 
 

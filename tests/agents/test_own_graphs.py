@@ -95,7 +95,7 @@ def test_a_tool_may_read_the_state_and_the_model_is_not_asked_for_it():
     replies = [*[Reply(tool_calls=[("can_pay", {"amount": 5})])] * 2, *[Reply(content="yes")] * 2]
     state = graph_of(replies, [can_pay], schema=Accounts).compile().invoke({**ASK, "balance": 7})
     assert state["messages"][2].content == "true"
-    assert state["messages"][1].response_metadata["ec_agents"]["flaws"] == {}
+    assert state["messages"][1].response_metadata["ec_agents"]["flaws"] == [{}] * 2
 
 
 def test_a_tool_may_update_the_state_and_say_where_to_go():

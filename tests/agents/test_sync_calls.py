@@ -137,13 +137,13 @@ def test_synchronous_models_answer_at_the_same_time(kind: Any):
     agent = agent_of(model, n=12)
     for thread in ("1", "2"):
         state = agent.invoke(ASK, {"configurable": {"thread_id": thread}})
-        assert record(state["messages"][-1])["failures"] == {}
+        assert not any(record(state["messages"][-1])["failures"])
 
 
 async def test_a_synchronous_model_answers_many_asynchronous_calls_at_once():
     model = OnlySynchronous(replies=[Reply(content="fine")] * 64, metadata={"meet": threading.Barrier(64, timeout=60)})
     state = await agent_of(model, n=64).ainvoke(ASK, THREAD)
-    assert record(state["messages"][-1])["failures"] == {}
+    assert not any(record(state["messages"][-1])["failures"])
 
 
 def test_an_overridden_method_is_called():
@@ -157,7 +157,7 @@ async def test_a_model_that_runs_out_of_answers_is_an_error(way: str):
     model = GenericFakeChatModel(messages=iter([AIMessage("fine")]))
     agent = agent_of(model, n=2, tools=())
     state = agent.invoke(ASK, THREAD) if way == "invoke" else await agent.ainvoke(ASK, THREAD)
-    [failure] = record(state["messages"][-1])["failures"].values()
+    [failure] = filter(None, record(state["messages"][-1])["failures"])
     assert "StopIteration" in failure
 
 

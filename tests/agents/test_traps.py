@@ -247,7 +247,7 @@ def test_trap_12_what_is_not_from_the_sampled_model_loses(inner: str):
     replies = [Reply(error=ConnectionError("reset")), Reply(content="own", profile=LATE)]
     found = in_middleware(model_of(replies), n=2, inside=[inside]).invoke(ASK)["messages"][-1]
     assert found.content == "own"
-    [flaws] = record(found)["flaws"].values()
+    [flaws] = [found for found in record(found)["flaws"] if found]
     assert "put EntropyCentroidMiddleware last" in flaws["foreign"]
 
 
@@ -285,7 +285,7 @@ async def test_trap_16_tool_calls_without_logprobs_never_win(make: Callable[...,
     replies = [call_add(1, 1, None), Reply(content="3", profile=LATE), call_add(9, 9, None)]
     found = (await make(model_of(replies)).ainvoke(ASK))["messages"][-1]
     assert found.content == "3"
-    assert record(found)["scores"] == {"0": None, "1": 0.75, "2": None}
+    assert record(found)["scores"] == [None, 0.75, None]
 
 
 class Traced(BaseCallbackHandler):

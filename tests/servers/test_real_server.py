@@ -257,8 +257,8 @@ async def test_an_agent_plays_with_it(server: Server):
         for step in steps:
             record = step.response_metadata["ec_agents"]
             assert len(record["scores"]) == N
-            assert None not in record["scores"].values()
-            assert record["failures"] == {}
+            assert None not in record["scores"]
+            assert not any(record["failures"])
         called += len(calls)
         right += task.check(steps[-1].text, calls)
     print(f"\n{right} of 5 tasks right, {called} tool calls")
