@@ -139,7 +139,11 @@ async def test_without_log_probabilities_nothing_is_refused_or_verified(make: An
 @EVERYWHERE
 async def test_a_record_reads_the_same_in_python_and_in_json(make: Any):
     """What belongs to single candidates is a list by index, as long as the calls: a failed call keeps its place."""
-    replies = [Reply(error=ConnectionError("reset")), Reply(profile="!..."), Reply(profile="...!", tool_calls=[("nope", {})])]
+    replies = [
+        Reply(error=ConnectionError("reset")),
+        Reply(content="3"),
+        Reply(profile="...!", tool_calls=[("nope", {})]),
+    ]
     [record] = records(await run(make(ScriptedChatModel(replies=replies), n=3)))
     assert json.loads(json.dumps(record)) == record
     assert record["scores"][record["chosen"]] == record["scores"][1] < 0.5
@@ -149,7 +153,11 @@ async def test_a_record_reads_the_same_in_python_and_in_json(make: Any):
 
 @pytest.mark.parametrize("make", [graph, middleware])
 async def test_decisions_say_what_each_candidate_would_have_done(make: Any):
-    replies = [Reply(error=ConnectionError("reset")), Reply(profile="!...", content="3"), Reply(profile="...!", content="4" * 900)]
+    replies = [
+        Reply(error=ConnectionError("reset")),
+        Reply(profile="!...", content="3"),
+        Reply(profile="...!", content="4" * 900),
+    ]
     agent = make(ScriptedChatModel(replies=replies), n=3, agent={"checkpointer": InMemorySaver()})
     await run(agent, config={"configurable": {"thread_id": "1"}})
     values = agent.get_state({"configurable": {"thread_id": "1"}}).values

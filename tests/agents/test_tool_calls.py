@@ -181,7 +181,7 @@ def test_json_schema_loses(ask: Any, bad: Any, text: str):
     """Arguments that do not fit the JSON schema of an MCP tool lose, in every front end."""
     message = ask(rivals("book", bad, GOOD), [MCP])
     assert message.tool_calls[0]["args"] == GOOD
-    assert text in message.response_metadata["ec_agents"]["flaws"]["0"]["invalid_action"]
+    assert text in message.response_metadata["ec_agents"]["flaws"][0]["invalid_action"]
 
 
 @FRONT_ENDS
@@ -197,7 +197,7 @@ def test_what_the_tool_accepts(ask: Any):
     """Text that the tool reads as a number is no flaw, in any front end."""
     message = ask(rivals("add", {"a": "1", "b": 2}, {"a": 9, "b": 9}), [add])
     assert message.tool_calls[0]["args"] == {"a": "1", "b": 2}
-    assert message.response_metadata["ec_agents"]["flaws"] == {}
+    assert not any(message.response_metadata["ec_agents"]["flaws"])
 
 
 @FRONT_ENDS
