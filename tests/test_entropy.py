@@ -276,7 +276,8 @@ def test_opening_token_does_not_count_as_low() -> None:
     assert high_entropy_phases([1.0] * 7, config).tolist() == [[0, 1], [3, 1], [6, 1]]
 
 
-def test_closed_phase_leaves_its_low_tokens_and_open_phase_keeps_them() -> None:
+def test_closed_and_open_phases() -> None:
+    """A closed phase leaves its low tokens, and an open one keeps them."""
     entropies = [2.0, 0.1, 0.1, 0.05, 0.2, 0.2]
     assert high_entropy_phases(entropies, PhaseConfig(1, 80, 5)).tolist() == [[0, 1]]
     assert high_entropy_phases(entropies, PhaseConfig(1, 80, 6)).tolist() == [[0, 6]]

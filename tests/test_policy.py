@@ -182,7 +182,8 @@ async def nothing() -> None: ...
 HEDGED = SamplingPolicy(hedge_after=0.03)
 
 
-async def test_a_straggler_is_sent_once_more_and_the_loser_is_cancelled():
+async def test_straggler():
+    """A straggler is sent once more, and the loser is cancelled."""
     call = Attempts(lambda: hang(0), nothing)
     drawn = await sample(call, n=3, policy=HEDGED)
     assert [c.content for c in drawn.candidates] == ["attempt 2", "attempt 1", "attempt 1"]
@@ -406,7 +407,8 @@ def test_no_place_is_lost_when_waiters_are_cancelled(limit: int, pauses: list[in
     assert limiter._free == limit
 
 
-def test_a_waiter_of_a_loop_that_is_gone_does_not_block_the_others():
+def test_waiter_of_a_closed_loop():
+    """It does not block the others."""
     limiter = Limiter(1)
 
     async def wait() -> None:

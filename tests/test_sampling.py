@@ -151,7 +151,8 @@ async def test_call_cancelled_from_within():
     assert isinstance(drawn.failures[0], asyncio.CancelledError)
 
 
-async def test_cancelling_the_step_reaches_every_call_and_leaves_no_task():
+async def test_cancelled_step():
+    """Cancelling it reaches every call and leaves no task."""
     begun: list[int] = []
     cancelled: list[int] = []
 
@@ -221,7 +222,9 @@ async def test_arguments_out_of_range_are_refused_before_any_call(arguments: dic
     assert not called
 
 
-async def test_a_response_of_an_unknown_kind_is_a_failure_that_says_what_came():
+async def test_unknown_response():
+    """A response of an unknown kind is a failure that says what was received."""
+
     async def call(index: int) -> Any:
         return "text" if index == 0 else await answer(index)
 
@@ -280,9 +283,7 @@ def test_flaws_of_a_message_are_recorded():
         {"object": "error", "message": "worker died", "code": 500},
     ],
 )
-async def test_an_error_inside_a_success_is_retried_as_its_status_would_be(
-    broken: dict[str, Any], hedge_after: float | None, no_waiting: None
-):
+async def test_error_inside_a_success(broken: dict[str, Any], hedge_after: float | None, no_waiting: None):
     """Servers and routers report errors with status 200; a retry costs one call of the same index."""
     calls: list[int] = []
 

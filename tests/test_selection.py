@@ -61,7 +61,8 @@ def test_lowest_centroid_wins_with_its_evidence():
     assert choice.flaws == {}
 
 
-def test_ties_go_to_the_lower_index_whatever_the_order_of_the_list():
+def test_ties():
+    """They go to the lower index, whatever the order of the list."""
     choice = select([peaked(2), peaked(0), peaked(1)])
     assert (choice.chosen, choice.reason, choice.margin) == (0, "tie_break", 0.0)
 

@@ -346,7 +346,8 @@ def test_plain_responses_one_a_line(tmp_path: Path):
     assert all(c.signals is not None and c.signals.n_tokens == 4 for s in steps for c in s.candidates)
 
 
-def test_responses_to_one_problem_are_grouped_wherever_they_stand(tmp_path: Path):
+def test_grouping(tmp_path: Path):
+    """Responses to one problem are grouped wherever they stand."""
     records = [{"problem": f"p{i % 3}", "choices": [choice(str(i))]} for i in range(7)]
     path = write_lines(tmp_path / "r.jsonl", records)
     found = {
@@ -526,9 +527,7 @@ def test_a_file_that_expands_beyond_measure(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("frames", [1, 300])
-def test_compressed_files_of_ordinary_traces_are_within_the_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: int
-):
+def test_ordinary_compressed_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: int):
     """Equal prompts compress well, in one frame or one per line, and slices end anywhere."""
     monkeypatch.setattr("ec_agents.jsonl.LARGEST_UNPACKED", 1 << 20)
     lines = [(json.dumps({"choices": [choice("x" * 900 + str(i))]}) + "\n").encode() for i in range(300)]

@@ -239,7 +239,8 @@ def test_arguments_out_of_range_are_refused_at_once(options: dict[str, Any], mes
         CentroidChatModel(**{"model": ScriptedChatModel(), **options})
 
 
-def test_options_of_the_model_and_of_the_call_reach_every_candidate():
+def test_options():
+    """Options of the model and of the call reach every candidate."""
     model = ScriptedChatModel(replies=scripted(LATE, LATE, LATE, LATE))
     asked = CentroidChatModel(model, n=2, temperature=0.5, max_tokens=9)
     asked.invoke([HumanMessage("hi")])

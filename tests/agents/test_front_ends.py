@@ -128,7 +128,8 @@ async def test_native_tool_calls_without_numbers(make: Any):
 
 
 @EVERYWHERE
-async def test_without_log_probabilities_nothing_is_refused_or_verified(make: Any):
+async def test_without_logprobs(make: Any):
+    """Where none are asked for, nothing is refused or verified."""
     with FaultServer(respond) as server:
         state = await run(make(chat(server), n=2, top_logprobs=None))
     assert state["messages"][-1].content == "it is 3"
@@ -229,7 +230,9 @@ async def test_other_problems_with_json_stay_what_they_are(make: Any, way: str, 
 
 
 @EVERYWHERE
-async def test_actions_that_cannot_be_measured_in_either_form_end_the_step(make: Any):
+async def test_unmeasurable_actions(make: Any):
+    """Actions that can be measured in neither form end the step."""
+
     def unmeasured(request: Any) -> Any:
         response = respond(request)
         response["choices"][0]["logprobs"] = None

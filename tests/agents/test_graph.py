@@ -106,7 +106,8 @@ async def test_streams_hide_the_losers_from_asynchronous_callers_too():
     assert [message.text for message in seen if message.type == "ai" and message.text] == ["it is 3"]
 
 
-def test_the_model_is_asked_for_logprobs_with_tools_and_prompt_every_time():
+def test_requests():
+    """Every request asks for log-probabilities and carries the tools and the prompt."""
     model = ScriptedChatModel(replies=two_steps())
     agent = create_centroid_agent(model.bind(user="me"), [add], n=3, top_logprobs=7, system_prompt="be brief")
     state = agent.invoke(ASK)
@@ -251,7 +252,8 @@ def test_tool_calls_without_logprobs_never_win_by_having_no_data():
 @pytest.mark.parametrize(
     "options", [{"n": 0}, {"n": "8"}, {"policy": {}}, {"policy": -1}, {"policy": SamplingPolicy(min_candidates=9)}]
 )
-def test_arguments_out_of_range_are_refused_when_the_agent_is_made(options: dict[str, Any]):
+def test_bad_arguments(options: dict[str, Any]):
+    """Arguments out of range are refused when the agent is made."""
     with pytest.raises(ConfigError, match=r"^(n|policy|timeout|min_candidates) must be"):
         agent_of([], **{"n": 8, **options})
 

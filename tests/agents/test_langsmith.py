@@ -108,7 +108,8 @@ async def posted_by(agent: Any, langsmith: LangSmith) -> int:
 
 
 @pytest.mark.parametrize("name", AGENTS)
-async def test_every_call_of_an_agent_is_a_run_without_log_probabilities(name: str, langsmith: LangSmith):
+async def test_runs(name: str, langsmith: LangSmith):
+    """Every call of an agent is a run without log-probabilities."""
     await posted_by(AGENTS[name](), langsmith)
     kinds = Counter(run["run_type"] for run in langsmith.runs)
     assert (kinds["llm"], kinds["tool"]) == (2 * N, 1)

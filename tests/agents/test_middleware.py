@@ -85,7 +85,8 @@ async def test_the_evidence_is_on_the_message_and_in_private_state():
     assert decisions == [record(state["messages"][i]) for i in (1, 3)]
 
 
-def test_the_model_is_asked_for_logprobs_with_tools_and_prompt_every_time():
+def test_requests():
+    """Every request asks for log-probabilities and carries the tools and the prompt."""
     model = scripted(two_steps())
     agent_of(model, top_logprobs=7, agent={"system_prompt": "be brief"}).invoke(ASK)
     assert len(model.requests) == 6
@@ -275,7 +276,8 @@ class Answer(BaseModel):
     value: int
 
 
-def test_a_candidate_that_does_not_parse_loses_under_tool_strategy():
+def test_unparsed_under_tool_strategy():
+    """A candidate that does not parse loses."""
     model = scripted(
         [
             Reply(tool_calls=[("Answer", {"value": "three"})], profile=EARLY),
@@ -297,7 +299,8 @@ def unparsable(n: int) -> list[Reply]:
 
 @pytest.mark.parametrize("durable", [False, True])
 @pytest.mark.parametrize("way", ["invoke", "ainvoke"])
-async def test_a_candidate_that_does_not_parse_loses_under_provider_strategy(way: str, *, durable: bool):
+async def test_unparsed_under_provider_strategy(way: str, *, durable: bool):
+    """A candidate that does not parse loses."""
     options = {"response_format": ProviderStrategy(Answer), "checkpointer": InMemorySaver()}
     replies = [*unparsable(1), Reply(content='{"value": 3}', profile=LATE)]
     agent = agent_of(replies, n=2, tools=(), durable=durable, agent=options)
@@ -308,7 +311,8 @@ async def test_a_candidate_that_does_not_parse_loses_under_provider_strategy(way
 
 
 @pytest.mark.parametrize("durable", [False, True])
-def test_if_none_parses_the_error_is_that_of_the_agent_without_us(*, durable: bool):
+def test_none_parses(*, durable: bool):
+    """The error is that of the agent without the middleware."""
     options = {"response_format": ProviderStrategy(Answer), "checkpointer": InMemorySaver()}
     agent = agent_of(unparsable(2), n=2, tools=(), durable=durable, agent=options)
     with pytest.raises(StructuredOutputValidationError, match="no json|valid JSON|response"):

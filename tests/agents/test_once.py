@@ -366,7 +366,8 @@ def test_a_state_that_is_edited_after_a_crash_does_not_repeat():
     assert till.paid == [5]
 
 
-def test_the_journal_is_not_part_of_the_history_and_goes_with_the_thread():
+def test_journal_and_thread():
+    """The journal is not part of the history and is deleted with the thread."""
     saver = InMemorySaver()
     agent = wired([Till.new().tool()], PAY, checkpointer=saver)
     agent.invoke(ASK, THREAD)
@@ -481,7 +482,7 @@ def test_a_tool_may_ask_before_it_pays():
 
 
 @pytest.mark.parametrize("word", ["yes", "repeat"])
-def test_an_approval_does_not_answer_the_question_about_the_outcome(word: str):
+def test_approval_and_outcome(word: str):
     """Not even if it is the same word; nor does the answer approve: the tool asks again before it pays again."""
     approvals: list[Any] = []
     till = Till.new(before=lambda amount: approvals.append(interrupt(f"pay {amount}?")), after=first_time(die))

@@ -83,7 +83,9 @@ def test_parallel_tool_calls_of_the_winner_run_once_each():
     assert kinds(state) == [HumanMessage, AIMessage, ToolMessage, ToolMessage, AIMessage]
 
 
-def test_a_tool_may_read_the_state_and_the_model_is_not_asked_for_it():
+def test_injected_state():
+    """A tool may read the state, and the model is not asked for it."""
+
     class Accounts(CentroidState):
         balance: int
 

@@ -96,7 +96,8 @@ def test_auto_goes_by_the_table_before_anything_is_sent(name: str, *, as_json: b
     assert request({**model.options, "model": "gpt-4.1"}, tools=True).writes_json()
 
 
-async def test_auto_learns_from_the_first_three_calls_and_counts_what_was_spent():
+async def test_auto_learns():
+    """The first three calls decide, and their usage counts."""
     with FaultServer(respond, faults=[*[None] * 3, *["hang"] * 5, *[None] * 16]) as server:
         agent = create_centroid_agent(chat(server), [add], n=8)
         state = await agent.ainvoke(ASK)
@@ -210,7 +211,8 @@ async def test_concurrent_steps_learn_together():
         assert all(score is not None for record in records for score in record["scores"])
 
 
-def test_a_provider_that_cannot_is_refused_when_the_agent_is_made():
+def test_unable_provider():
+    """A provider without log-probabilities is refused when the agent is made."""
     with pytest.raises(UnsupportedLogprobs, match="reasoning models refuse"):
         create_centroid_agent(ChatOpenAI(model="o3", api_key="k"))  # type: ignore[arg-type]
     with pytest.raises(UnsupportedLogprobs, match="at most 20 alternatives, and 21"):
@@ -247,7 +249,9 @@ def test_several_calls_at_once_all_run(*, parallel: bool):
     assert "parallel_tool_calls" not in model.requests[0][1]
 
 
-def test_a_model_that_binds_tools_in_its_own_way_is_a_clear_error():
+def test_unusual_bind_tools():
+    """A model that binds tools in another way is a clear error."""
+
     class Odd(ScriptedChatModel):
         def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
             return super().bind_tools(tools, **kwargs) | (lambda message: message)
@@ -426,7 +430,8 @@ def test_a_client_of_the_users_own_is_left_alone():
         assert server.headers[0]["x-mine"] == "yes"
 
 
-def test_the_selector_still_decides_where_single_responses_lack_numbers():
+def test_single_responses_without_numbers():
+    """The selector still decides."""
     with FaultServer([Reply(content="hi")], faults=["null_logprobs", None, None]) as server:
         agent = create_centroid_agent(chat(server), n=3, selector=Selector(fallback="raise"))
         record = agent.invoke(ASK)["messages"][-1].response_metadata["ec_agents"]

@@ -140,7 +140,8 @@ def test_synchronous_models_answer_at_the_same_time(kind: Any):
         assert not any(record(state["messages"][-1])["failures"])
 
 
-async def test_a_synchronous_model_answers_many_asynchronous_calls_at_once():
+async def test_many_calls_of_a_synchronous_model():
+    """It answers many asynchronous calls at once."""
     model = OnlySynchronous(replies=[Reply(content="fine")] * 64, metadata={"meet": threading.Barrier(64, timeout=60)})
     state = await agent_of(model, n=64).ainvoke(ASK, THREAD)
     assert not any(record(state["messages"][-1])["failures"])

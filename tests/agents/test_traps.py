@@ -87,7 +87,8 @@ async def test_trap_1_candidates_do_not_leak_into_the_messages_stream(make: Call
 
 
 @EVERYWHERE
-async def test_trap_2_a_streaming_caller_does_not_make_the_model_stream(make: Callable[..., Any]):
+async def test_trap_2_streaming(make: Callable[..., Any]):
+    """A streaming caller does not make the model stream."""
     model = model_of(two_steps())
     async for _ in make(model).astream(ASK, stream_mode="messages"):
         pass
@@ -143,7 +144,8 @@ def long_replies() -> list[Reply]:
 
 
 @EVERYWHERE
-def test_trap_6_neither_candidates_nor_logprobs_stay_in_the_state(make: Callable[..., Any]):
+def test_trap_6_state(make: Callable[..., Any]):
+    """Neither candidates nor log-probabilities stay in the state."""
     saver = InMemorySaver()
     make(model_of(long_replies()), n=8, checkpointer=saver).invoke(ASK, THREAD)
     last = next(iter(saver.list(THREAD)))
@@ -165,7 +167,8 @@ class Asking(AgentMiddleware[Any, Any, Any]):
 
 
 @pytest.mark.parametrize("durable", [False, True])
-def test_trap_7_a_person_never_approves_one_action_while_another_runs(*, durable: bool):
+def test_trap_7_approval(*, durable: bool):
+    """A person never approves one action while another runs."""
     done: list[tuple[int, int]] = []
 
     def add(a: int, b: int) -> int:
@@ -201,7 +204,8 @@ async def test_trap_8_an_interrupt_is_neither_a_failure_nor_lost():
 
 
 @EVERYWHERE
-def test_trap_9_every_paid_response_is_a_candidate_with_its_own_usage(make: Callable[..., Any]):
+def test_trap_9_usage(make: Callable[..., Any]):
+    """Every paid response is a candidate with its own usage."""
     model = model_of(two_steps())
     with get_usage_metadata_callback() as counted:
         state = make(model).invoke(ASK)
@@ -259,7 +263,8 @@ def test_trap_13_a_model_call_limit_counts_steps():
 
 
 @pytest.mark.parametrize("way", ["middleware", "graph", "chat model"])
-def test_trap_14_the_message_reports_its_own_usage_and_the_callback_all(way: str):
+def test_trap_14_usage(way: str):
+    """The message reports its own usage, and the callback that of all."""
     model = model_of(two_steps()[3:])
     with get_usage_metadata_callback() as counted:
         if way == "chat model":

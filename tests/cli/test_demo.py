@@ -89,7 +89,8 @@ def test_the_oracle_knows_which_actions_keep_the_goal_in_reach():
     assert oracle([Candidate(index=0, content="answer 10"), Candidate(index=1, content="answer 9")]).tolist() == [1, 0]
 
 
-async def test_a_shown_task_prints_candidates_choice_result_and_verdict():
+async def test_shown_task():
+    """It prints candidates, choice, result and verdict."""
     replies = [
         Reply(tool_calls=[("calc", {"expression": "9*9"})], profile=".......!.."),
         Reply(tool_calls=[("calc", {"expression": "5+3"})], profile=".!........"),

@@ -135,7 +135,8 @@ def test_drawing_inverts_the_cumulative_distribution(rows: int, size: int, seed:
     assert (uniforms > cumulative[picked] - (p / p.sum(1, keepdims=True))[picked] - 1e-9).all()
 
 
-def test_temperature_zero_takes_the_likeliest_beside_rows_that_draw():
+def test_temperature_zero():
+    """It takes the likeliest token, beside rows of the batch that sample."""
     logprobs = log_softmax(np.array([[0, 1, 3], [0, 1, 3], [3, 1, 0]], np.float32))
     assert draw(logprobs, np.zeros(3), np.zeros(3)).tolist() == [2, 2, 0]
     assert draw(logprobs, np.array([0, 1, 1e-300]), np.array([0, 0, 0.999])).tolist() == [2, 0, 0]
@@ -222,7 +223,8 @@ def test_greedy_takes_the_likeliest_token_at_each_step(engine: Engine):
     assert first.tokens == second.tokens == first.top_ids[:, 0].tolist()
 
 
-def test_a_conversation_that_is_too_long_is_refused_as_other_models_do():
+def test_too_long():
+    """A conversation that is too long is refused as by other models."""
     with pytest.raises(ContextOverflowError, match="has 602 tokens, and 511 fit"):
         EmbeddedChatModel().invoke([HumanMessage("x" * 600)])
 
@@ -345,7 +347,8 @@ class TestStandard(ChatModelUnitTests):
         super().test_bind_tool_pydantic(model, my_adder_tool)
 
 
-def test_a_response_has_thought_answer_usage_and_logprobs_of_every_token(engine: Engine):
+def test_response(engine: Engine):
+    """A response has a thought, an answer, usage and log-probabilities of every token."""
     message = EmbeddedChatModel(seed=1).invoke([SystemMessage("Be brief."), HumanMessage(SOLVE.prompt)])
     assert engine.prefills == 1
     entries = metadata(message)["logprobs"]["content"]

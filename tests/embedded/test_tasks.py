@@ -29,13 +29,15 @@ def solution_of(task: Task) -> list[str]:
 
 
 @given(texts)
-def test_any_text_survives_the_vocabulary_and_forges_no_control_token(text: str):
+def test_vocabulary(text: str):
+    """Any text survives it, and none forges a control token."""
     ids = v.encode(text)
     assert v.decode(ids) == text
     assert not CONTROL_IDS & set(ids)
 
 
-def test_every_phrase_is_one_token_and_tokens_stand_for_their_bytes():
+def test_phrases():
+    """Every phrase is one token, and tokens stand for their bytes."""
     assert [len(v.encode(phrase)) for phrase in v.PHRASES] == [1] * len(v.PHRASES)
     assert [v.decode([i]).encode() for i in range(256, v.SIZE)] == [v.token_bytes(i) for i in range(256, v.SIZE)]
     assert v.token_bytes(200) == b"\xc8"

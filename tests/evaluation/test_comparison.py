@@ -49,7 +49,8 @@ def test_the_ends_of_the_table_are_exact(draws: list[tuple[list[bool], int]]):
         assert row.regret.value == pytest.approx(found.row("oracle").accuracy.value - row.accuracy.value)
 
 
-def test_the_random_row_is_what_the_random_selector_does_on_average():
+def test_random_row():
+    """It is what the random selector does on average."""
     rng = np.random.default_rng(0)
     graded = noise(10, 6, rng)
     flawed = graded[0].step.candidates[0]
@@ -315,7 +316,8 @@ def test_noise_is_rarely_called_a_gain():
     assert alarms <= 4
 
 
-def test_a_tuned_row_says_so_and_is_not_better_than_its_settings_allow():
+def test_tuned_row():
+    """A tuned row says so and is not better than its settings allow."""
     rng = np.random.default_rng(0)
     graded = []
     for i in range(20):
@@ -351,7 +353,8 @@ def test_wrong_use_is_explained(wrong: Callable[[], object], message: str):
         wrong()
 
 
-def test_whole_runs_are_split_by_their_length_and_say_what_was_repeated():
+def test_whole_runs():
+    """They are split by their length and say what was repeated."""
     runs = [
         RunOutcome(
             task=f"t{i}",

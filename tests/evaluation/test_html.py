@@ -208,7 +208,8 @@ def test_timings_are_summed_up_in_words():
     assert timing(Step(run="a", candidates=drawn[1:2])) == ""
 
 
-def test_a_step_without_a_choice_or_a_candidate_is_shown_as_what_it_is(tmp_path: Path):
+def test_incomplete_steps(tmp_path: Path):
+    """A step without a choice or a candidate is shown as what it is."""
     steps = [
         Step(run="a", candidates=[candidate(0, [1.0, 0.0])]),
         Step(run="b", failures={0: "TimeoutError: 30 s"}),
@@ -235,7 +236,8 @@ def test_axes_have_round_ticks():
     assert charts.log_axis([100, 12_800], "").share(1131.37) == pytest.approx(0.5, abs=0.001)
 
 
-def test_an_evaluation_shows_table_curves_distributions_and_reliability(tmp_path: Path):
+def test_evaluation_page(tmp_path: Path):
+    """It shows the table, curves, distributions and reliability."""
     write_evaluation_report(an_evaluation(), tmp_path / "a.html")
     text = (tmp_path / "a.html").read_text(encoding="utf-8")
     for heading in (

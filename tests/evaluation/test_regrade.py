@@ -53,7 +53,8 @@ def right(run: EvalRun) -> float:
     return run.evaluation(resamples=10).row("avg@1").accuracy.value
 
 
-async def test_another_checker_is_refused_and_grades_again_without_a_call(tmp_path: Path):
+async def test_another_checker(tmp_path: Path):
+    """It is refused, and grades again without a call if it is wanted."""
     await run_in(tmp_path).run()
     other = run_in(tmp_path, silent, check=check_exact)
     with pytest.raises(ConfigError, match=r"the checker: number there, exact now\. Grade .* --regrade"):

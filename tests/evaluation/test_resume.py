@@ -104,7 +104,8 @@ def what_came_of_it(out: Path) -> Any:
     return outcome.right, outcome.usage, outcome.error, outcome.restarts, outcome.repeated, drawn
 
 
-def test_an_agent_that_is_killed_anywhere_ends_as_if_it_had_not_been(tmp_path: Path):
+def test_killed_anywhere(tmp_path: Path):
+    """An agent that is killed at any point and resumed ends as if it had not been."""
     assert played(tmp_path / "whole") == 0
     expected = what_came_of_it(tmp_path / "whole")
     assert len(expected[-1]) >= 3

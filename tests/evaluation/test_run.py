@@ -183,7 +183,8 @@ async def test_unending_and_unreachable_agents(
     assert (found.n_failed, found.row("centroid").accuracy.value) == (1, 0.0)
 
 
-async def test_what_is_done_is_not_done_again_and_errors_are_tried_again(tmp_path: Path):
+async def test_second_start(tmp_path: Path):
+    """What is done is not repeated, and errors are tried again."""
     asked: list[str] = []
     broken = {"is it t1?"}
 
@@ -219,7 +220,8 @@ async def test_more_trials_and_other_selectors_build_on_what_is_there(tmp_path: 
     assert (found.n_draws, found.row("x").accuracy.value) == (6, 0.5)
 
 
-async def test_a_step_that_was_drawn_but_not_graded_is_graded_from_the_trace(tmp_path: Path):
+async def test_ungraded_step(tmp_path: Path):
+    """A step that was sampled but not graded is graded from the trace."""
     await an_evaluation(tmp_path, answering("yes", "no")).run()
     lines = (tmp_path / OUTCOMES).read_bytes().splitlines(keepends=True)
     (tmp_path / OUTCOMES).write_bytes(b"".join(lines[:-1]) + lines[-1][:20])  # killed inside the last line

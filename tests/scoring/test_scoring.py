@@ -105,7 +105,8 @@ def test_self_certainty_of_k_alternatives_equals_the_reference(case: Any):
 
 
 @pytest.mark.parametrize("case", cases("self_certainty_full_vocab"))
-def test_self_certainty_of_the_whole_vocabulary_equals_the_reference(case: Any):
+def test_self_certainty_reference(case: Any):
+    """Over the whole vocabulary it equals the reference."""
     rows = case["rows_full_vocab_logprobs"]
     assert len(rows[0]) == case["V"]
     tokens = rows[: len(rows) - case["padding_tokens_at_end"]]
@@ -238,13 +239,15 @@ def test_group_means_are_means_of_slices(values: list[float], width: int):
 
 
 @given(st.integers(2, 30), st.integers(1, 10), st.integers(0, 1000))
-def test_self_certainty_is_zero_for_uniform_and_positive_otherwise(vocabulary: int, n_tokens: int, seed: int):
+def test_self_certainty_range(vocabulary: int, n_tokens: int, seed: int):
+    """It is zero for a uniform distribution and positive otherwise."""
     assert self_certainty(np.full((n_tokens, vocabulary), -math.log(vocabulary))) == pytest.approx(0, abs=1e-12)
     logits = np.random.default_rng(seed).normal(size=(n_tokens, vocabulary))
     assert self_certainty(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))) > -1e-12
 
 
-def test_sum_of_log_probabilities_favours_short_and_the_mean_does_not():
+def test_sum_and_mean_of_logprobs():
+    """The sum favours short responses, and the mean does not."""
     drawn = [candidate(0, [0.5] * 10), candidate(1, [0.4] * 100)]
     assert Selector(scorer=SUM_LOGPROB, guards={})(drawn).chosen == 0
     assert Selector(scorer=scorer_named("mean-logprob"), guards={})(drawn).chosen == 1
@@ -322,7 +325,8 @@ def agreeing_by_chance(rng: np.random.Generator, lengths: Sequence[int], n_actio
 
 @pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.parametrize(("lengths", "n_actions"), [([60] * 8, 3), ([400] * 4, 2), ([40, 40, 400, 800], 5)])
-def test_candidates_without_signal_are_rarely_above_the_noise_floor(name: str, lengths: list[int], n_actions: int):
+def test_noise_floor_of_noise(name: str, lengths: list[int], n_actions: int):
+    """Candidates without signal are rarely above the noise floor."""
     rng = np.random.default_rng(7)
     choose = Selector(scorer=RandomScorer(0) if name == "random" else SCORERS[name](), guards={})
     found = [choose(agreeing_by_chance(rng, lengths, n_actions)).above_noise for _ in range(150)]
@@ -348,7 +352,9 @@ def test_noise_is_the_spread_of_scores_without_signal():
         assert scorer.noise(drawn).mean() == pytest.approx(scorer(drawn).std(), rel=0.15)
 
 
-def test_a_clear_signal_is_above_the_noise_floor_and_says_by_how_much():
+def test_noise_floor_of_a_signal():
+    """A clear signal is above the noise floor and says by how much."""
+
     def bump(at: float) -> list[float]:
         rng = np.random.default_rng(0)
         return [*(rng.random(400) * 0.1 + np.where(np.abs(np.arange(400) - at) < 20, 2.0, 0.0)).tolist()]

@@ -158,7 +158,8 @@ CALLS = [
 ]
 
 
-def test_votes_on_whole_actions_on_names_and_with_excluded_arguments():
+def test_action_votes():
+    """Votes count whole actions, names only, or actions without excluded arguments."""
     drawn = [Candidate(index=i, tool_calls=[call]) for i, call in enumerate(CALLS)]
     assert MajorityVote()(drawn).tolist() == [1, 1, 1, 1]
     assert MajorityVote(partial(action_key, exclude={"why"}))(drawn).tolist() == [2, 2, 1, 1]
@@ -254,9 +255,8 @@ VOTES = ["majority", "majority-then-centroid", "centroid-vote", "centroid-weight
 
 
 @given(_texts, st.lists(_entropies, max_size=12), st.sampled_from(VOTES), st.randoms())
-def test_candidates_of_one_action_share_a_score_whatever_the_order(
-    texts: list[str], entropies: list[list[float]], name: str, random: Any
-):
+def test_votes_in_any_order(texts: list[str], entropies: list[list[float]], name: str, random: Any):
+    """Candidates of one action share a score, whatever the order."""
     drawn = with_signals(texts, entropies)
     choice = choose(scorer_named(name), drawn)
     for text in set(texts) - {""}:

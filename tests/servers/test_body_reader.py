@@ -138,7 +138,8 @@ async def test_no_more_is_read_in_vain_than_a_body_that_is_large(monkeypatch: py
     assert 0 < sum(read) < 2 * LARGE_BODY < len(body)
 
 
-async def test_choices_that_begin_like_what_is_in_them_are_packed_all_the_same():
+async def test_nested_choices():
+    """Choices that begin like what is in them are packed all the same."""
     calls = [{"index": i, "function": {"name": "f", "arguments": "{}"}} for i in range(3)]
     choice = {"index": 0, "logprobs": long(1000), "message": {"content": "x", "tool_calls": calls}}
     body = json.dumps({"choices": [choice] * 6}, separators=(",", ":")).encode()
@@ -461,7 +462,9 @@ async def test_large_texts_are_decoded_off_the_loop():
 KNOWN: ContextVar[Any] = ContextVar("KNOWN")
 
 
-async def test_an_open_connection_keeps_nothing_of_the_run_that_opened_it():
+async def test_open_connection():
+    """It keeps nothing of the run that opened it."""
+
     class Everything:
         """What a run has in its context."""
 

@@ -297,7 +297,8 @@ async def test_a_large_body_costs_the_step_one_candidate():
     assert (type(failure).__name__, isinstance(failure, LogprobsMalformed)) == ("ResponseTooLarge", True)
 
 
-async def test_clients_of_the_user_and_fast_logprobs_have_the_limit_too():
+async def test_limit_of_other_clients():
+    """Clients of the user and those of fast_logprobs have the limit too."""
     huge = Fault(about="huge", body=lambda sound: sound.ljust(2_000_000))
     with FaultServer([Reply(content="hello")], faults=[huge]) as server:
         keys: Any = {"base_url": server.base_url, "api_key": "none", "max_retries": 0}

@@ -203,7 +203,8 @@ def test_text_that_is_no_json_stays_text():
     assert call["args"] == {"query": "q", "options": "{"}
 
 
-def test_a_final_answer_becomes_the_content_and_keeps_its_thought():
+def test_final_answer():
+    """It becomes the content and keeps its thought."""
     message = ACTIONS.decode(written({"final_answer": "it is 3"}, "done"))
     assert (message.content, message.tool_calls) == ("it is 3", [])
     assert message.additional_kwargs["thought"] == "done"
@@ -334,7 +335,9 @@ def test_tool_dicts_are_taken_and_tools_of_the_provider_are_not():
         JsonActions([{"type": "web_search"}])
 
 
-def test_a_tool_without_arguments_and_one_with_shared_definitions():
+def test_tool_schemas():
+    """Tools without arguments and tools with shared definitions are described."""
+
     def now() -> str:
         """The time."""
         return ""

@@ -563,7 +563,8 @@ async def test_a_server_that_refuses_n_is_asked_one_by_one():
         assert len(await draw(client(server, fan_out="n"), 8)) == 8
 
 
-async def test_a_refusal_for_another_reason_costs_one_request_and_teaches_nothing():
+async def test_other_refusals():
+    """A refusal for another reason costs one request and teaches nothing."""
     too_long = Fault(about="This model's maximum context length is 10 tokens", status=400)
     with FaultServer([Reply(content="hello")], faults=[too_long, None]) as server:
         model = client(server, fan_out="n")
@@ -671,7 +672,8 @@ def test_settings_and_bindings_stay(server: FaultServer):
     assert server.requests[0]["temperature"] == 0.5
 
 
-def test_response_formats_are_fast_as_dicts_and_ordinary_as_classes():
+def test_response_formats():
+    """They are fast as dicts and ordinary as classes."""
     with FaultServer(response(chat(profile_logprobs("!."), content='{"answer": 42}'))) as server:
         fast = fast_logprobs(langchain(server))
         as_dict = fast.with_structured_output(Answer.model_json_schema(), method="json_schema", include_raw=True)

@@ -42,7 +42,8 @@ def test_the_server_is_that_of_the_client(options: Any):
     assert model._n_max == 128
 
 
-def test_what_the_table_rules_out_is_refused_before_anything_is_sent():
+def test_ruled_out():
+    """What the provider table rules out is refused before anything is sent."""
     with pytest.raises(UnsupportedLogprobs, match="Azure OpenAI"):
         create_centroid_agent(of_azure(), [add], n=2, action_format="native")
 

@@ -313,7 +313,8 @@ def test_truncated_reasoning_is_evidence():
     assert "identical" not in verdict.problems
 
 
-def test_a_bad_verdict_stops_the_next_request_and_can_be_forgotten():
+def test_bad_verdict():
+    """It stops the next request and can be forgotten."""
     where = endpoint("", base_url="http://127.0.0.1:1/v1")
     verdict = verify([response(i) for i in range(3)], top_logprobs=20)
     assert verdict is not None
@@ -325,7 +326,8 @@ def test_a_bad_verdict_stops_the_next_request_and_can_be_forgotten():
     refuse_unsupported(where, top_logprobs=20, tools=False)
 
 
-def test_that_nothing_can_be_measured_is_believed_for_a_while_only(monkeypatch: pytest.MonkeyPatch):
+def test_verdicts_expire(monkeypatch: pytest.MonkeyPatch):
+    """That nothing can be measured is believed for a while only."""
     where, verdict = endpoint(""), verify([response(i) for i in range(3)], top_logprobs=20)
     calls = verify([response(i, call=True) for i in range(3)], top_logprobs=20)
     assert verdict is not None
@@ -403,7 +405,8 @@ def test_servers_without_schemas_are_remembered_for_a_while(monkeypatch: pytest.
 
 
 @given(st.integers(2, 64), st.integers(1, 200), st.floats(0.001, 3.0))
-def test_equal_answers_are_an_alarm_only_where_chance_cannot_explain_them(n: int, tokens: int, surprise: float):
+def test_equal_answers(n: int, tokens: int, surprise: float):
+    """They are an alarm only where chance cannot explain them."""
     same = [response(i, measured=signals(tokens, logprob=-surprise), content="same") for i in range(n)]
     by_chance = math.exp(-float(np.float32(surprise)) * tokens * (n - 1))
     if not 0.9e-4 < by_chance < 1.1e-4:
@@ -420,6 +423,7 @@ def test_tool_calls_may_well_agree():
     assert "4 responses are the same" in str(identical(fixed))
 
 
-def test_a_single_answer_and_answers_without_numbers_are_no_alarm():
+def test_no_alarm():
+    """A single answer, or answers without numbers, raise no alarm."""
     assert identical([response(measured=signals())]) is None
     assert identical([response(i, content="same") for i in range(4)]) is None
