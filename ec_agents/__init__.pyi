@@ -53,12 +53,14 @@ from ec_agents.errors import (
     WriteError as WriteError,
 )
 from ec_agents.logprobs import (
-    choice_candidate as choice_candidate,
-    response_candidates as response_candidates,
     token_signals as token_signals,
 )
 from ec_agents.messages import as_candidate as as_candidate, message_candidate as message_candidate
 from ec_agents.policy import Limiter as Limiter, SamplingPolicy as SamplingPolicy
+from ec_agents.responses import (
+    choice_candidate as choice_candidate,
+    response_candidates as response_candidates,
+)
 from ec_agents.sampling import sample as sample
 from ec_agents.scoring import (
     SCORERS as SCORERS,

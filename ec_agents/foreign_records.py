@@ -13,7 +13,8 @@ import numpy as np
 
 from ec_agents.candidates import Candidate, Selection, TokenSignals
 from ec_agents.errors import LogprobsMalformed, ServerError
-from ec_agents.logprobs import choice_candidate, response_candidates, server_error, shown, usage_counts
+from ec_agents.logprobs import shown
+from ec_agents.responses import choice_candidate, response_candidates, server_error, usage_counts
 
 Json = Mapping[str, Any]
 

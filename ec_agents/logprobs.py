@@ -14,10 +14,8 @@ Example:
     (1, 2, 0.6931)
 """
 
-import json
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import NoneType
 from typing import Any, NamedTuple, TypeGuard
 
@@ -25,9 +23,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ec_agents.candidates import Candidate, TokenSignals, storable
+from ec_agents.candidates import TokenSignals, storable
 from ec_agents.entropy import MASKED, entropies_and_mass, keep_largest
-from ec_agents.errors import LogprobsError, LogprobsMalformed, LogprobsMissing, ServerError, StateError
+from ec_agents.errors import LogprobsMalformed, LogprobsMissing, StateError
 
 Json = Mapping[str, Any]
 Floats = NDArray[np.float64]
@@ -89,16 +87,16 @@ def token_signals(choice: Json | None, *, top_k: int | None = None) -> TokenSign
     if not content and payload.get("token_logprobs"):
         read = _read_legacy(payload)
     elif not content:
-        raise LogprobsMissing(_nothing_found(choice, f"logprobs holds no tokens, only {_outline(payload)}"))
-    elif not _is_list(content):
-        raise LogprobsMalformed(f"logprobs.content must be a list of tokens; found {_outline(content)}")
+        raise LogprobsMissing(_nothing_found(choice, f"logprobs holds no tokens, only {outline(payload)}"))
+    elif not is_list(content):
+        raise LogprobsMalformed(f"logprobs.content must be a list of tokens; found {outline(content)}")
     else:
-        content = content if _is_mapping(content[0]) else [dumped(entry) for entry in content]  # objects of an SDK
+        content = content if is_mapping(content[0]) else [dumped(entry) for entry in content]  # objects of an SDK
         read = _read_content(content)
-    return measured(read, lambda: content if _is_list(content) else (), top_k)
+    return signals_of(read, lambda: content if is_list(content) else (), top_k)
 
 
-def measured(read: Read, entries: Callable[[], Sequence[Any]], top_k: int | None = None) -> TokenSignals:
+def signals_of(read: Read, entries: Callable[[], Sequence[Any]], top_k: int | None = None) -> TokenSignals:
     """The signals of the numbers of a payload.
 
     Args:
@@ -150,7 +148,7 @@ def pack_logprobs(measure: Callable[[], TokenSignals]) -> dict[str, Any]:
 
 def is_packed(logprobs: Any) -> bool:
     """Whether log-probabilities are in the packed form."""
-    return _is_mapping(logprobs) and bool(_PACKED_KEYS & logprobs.keys())
+    return is_mapping(logprobs) and bool(_PACKED_KEYS & logprobs.keys())
 
 
 def packed_length(packed: Json) -> int | None:
@@ -158,149 +156,8 @@ def packed_length(packed: Json) -> int | None:
     return len(packed["packed"]) // 16 if "packed" in packed else None
 
 
-def choice_candidate(choice: object, index: int) -> Candidate:
-    """One choice of a chat or completions response as a candidate.
-
-    What is wrong with it becomes a flaw: ``no_signal``, ``refused``, ``interrupted`` for an error that the server
-    reports beside the choice, or ``invalid_action`` for tool-call arguments that are not a JSON object (the call stays,
-    with empty ``args``).
-
-    Args:
-        choice: The choice, a dict or an object of an SDK: ``message`` or ``text``, ``finish_reason``, ``logprobs``.
-        index: Position among the N responses, from 0.
-
-    Raises:
-        LogprobsMalformed: It is not a choice at all.
-    """
-    found = dumped(choice)
-    fields: Json = found if _is_mapping(found) else {}
-    message: Any = {"content": fields["text"]} if "text" in fields else fields.get("message")
-    if not _is_mapping(message):
-        raise LogprobsMalformed(f"choice {index} must have a message or a text; found {_outline(found)}")
-    flaws: dict[str, str] = {}
-    signals = None
-    try:
-        signals = token_signals(fields)
-    except LogprobsError as error:
-        flaws["no_signal"] = str(error)
-    calls: Any = message.get("tool_calls") or []
-    if message.get("refusal"):
-        flaws["refused"] = shown(message["refusal"], 500)
-    if fields.get("error"):
-        flaws["interrupted"] = str(server_error(fields))
-    return Candidate(
-        index=index,
-        content=storable(_text(message.get("content"))),
-        tool_calls=[_tool_call(call, flaws) for call in (calls if _is_list(calls) else [calls])],
-        finish_reason=finish_reason(fields.get("finish_reason")),
-        signals=signals,
-        flaws=storable(flaws),
-    )
-
-
-def response_candidates(response: object) -> list[Candidate]:
-    """All choices of one chat or completions response as candidates, in the order in which they stand.
-
-    The usage belongs to the response as a whole; a candidate has it only if it is the only one.
-
-    Args:
-        response: A dict, or an object of an SDK such as ``openai``.
-
-    Raises:
-        ServerError: The response is an error.
-        LogprobsMalformed: The response has no list of ``choices``, or one of them is not a choice.
-    """
-    found = dumped(response)
-    fields: Json = found if _is_mapping(found) else {}
-    choices, error = fields.get("choices"), server_error(fields)
-    if not _is_list(choices) or not choices:
-        if error is not None:
-            raise error
-        raise LogprobsMalformed(f"a response with a non-empty list of choices is needed; found {_outline(found)}")
-    candidates = [choice_candidate(choice, index) for index, choice in enumerate(choices)]
-    if len(candidates) == 1:
-        candidates = [replace(candidates[0], usage=usage_counts(fields.get("usage")))]
-    if error is not None:
-        return [replace(c, flaws={"interrupted": str(error), **c.flaws}) for c in candidates]
-    return candidates
-
-
-def server_error(response: Json) -> ServerError | None:
-    """The error that a response, or one choice of it, reports; None if it reports none.
-
-    Servers and routers report errors inside responses with status 200: instead of the choices, beside them, or in one
-    of them.
-    """
-    error: Any = response.get("error") or (response if response.get("object") == "error" else None)
-    if not error:
-        return None
-    details: Json = error if _is_mapping(error) else {}
-    names = [details.get(name) for name in ("status_code", "status", "code", "type")]
-    statuses = [status for status in map(_status, names) if status is not None]
-    code = next((shown(name, 100) for name in (*names[2:], *names[:2]) if name), None)
-    message = storable(f"the server answered with an error: {quoted(error, 300)}")
-    return ServerError(message, statuses[0] if statuses else None, code)
-
-
-_STATUS_OF = {
-    "rate_limit_exceeded": 429,
-    "rate_limit_error": 429,
-    "resource_exhausted": 429,
-    "too_many_requests": 429,
-    "insufficient_quota": 402,
-    "server_error": 500,
-    "api_error": 500,
-    "internal": 500,
-    "internal_error": 500,
-    "internal_server_error": 500,
-    "internalservererror": 500,
-    "bad_gateway": 502,
-    "overloaded": 503,
-    "overloaded_error": 503,
-    "unavailable": 503,
-    "service_unavailable": 503,
-    "service_unavailable_error": 503,
-    "timeout": 504,
-    "timeout_error": 504,
-    "gateway_timeout": 504,
-}
-"""The HTTP status that the name of an error stands for, where a server gives no number."""
-
-
-def _status(name: Any) -> int | None:
-    if isinstance(name, str):
-        name = int(name) if name.isascii() and name.isdigit() and len(name) == 3 else _STATUS_OF.get(name.lower())
-    return name if isinstance(name, int) and 400 <= name <= 599 else None
-
-
-def finish_reason(*found: Any) -> str | None:
-    """The first finish reason that is there, as text; None if none is.
-
-    Values that are not text become their description, which no list of sound reasons holds.
-    """
-    reason = next((value for value in found if value is not None and value != ""), None)
-    return None if reason is None else shown(reason, 100)
-
-
-def usage_counts(usage: Any) -> dict[str, int] | None:
-    """The token counts of a response, under LangChain's names; None if it reports none."""
-    counts: Any = dumped(usage)
-    if not _is_mapping(counts):
-        return None
-    found = [(ours, counts.get(name)) for name, ours in _COUNTS.items()]
-    return {ours: count for ours, count in found if _is_count(count)} or None
-
-
-_COUNTS = {
-    "prompt_tokens": "input_tokens",
-    "completion_tokens": "output_tokens",
-    "input_tokens": "input_tokens",
-    "output_tokens": "output_tokens",
-    "total_tokens": "total_tokens",
-}
-
-
-def _is_count(value: Any) -> TypeGuard[int]:
+def is_count(value: Any) -> TypeGuard[int]:
+    """Tell whether a value is a number of things, such as tokens."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
@@ -324,15 +181,15 @@ def quoted(value: Any, most: int) -> str:
 def _payload(choice: Any) -> Json:
     """The ``logprobs`` of a choice, or the argument itself where it is that already."""
     payload: Any = choice
-    if _is_mapping(choice) and (_CHOICE_KEYS & choice.keys() or not _LOGPROBS_KEYS & choice.keys()):
+    if is_mapping(choice) and (_CHOICE_KEYS & choice.keys() or not _LOGPROBS_KEYS & choice.keys()):
         payload = choice.get("logprobs")
-    payload = payload if _is_mapping(payload) else dumped(payload)
+    payload = payload if is_mapping(payload) else dumped(payload)
     if payload is None:
         raise LogprobsMissing(_nothing_found(choice, "logprobs is null or absent"))
-    if _is_list(payload):
+    if is_list(payload):
         return {"content": payload}  # Ollama, as ChatOllama passes it on
-    if not _is_mapping(payload):
-        raise LogprobsMalformed(f"logprobs must be a JSON object; found {_outline(payload)}")
+    if not is_mapping(payload):
+        raise LogprobsMalformed(f"logprobs must be a JSON object; found {outline(payload)}")
     return payload
 
 
@@ -354,15 +211,15 @@ def _unpacked(payload: Json) -> TokenSignals | None:
 def _extent(payload: Json) -> tuple[int, float]:
     """K and the excess of the packed form."""
     n_alternatives, excess = payload["n_alternatives"], payload.get("excess", 0.0)
-    if not _is_count(n_alternatives) or not isinstance(excess, int | float):
+    if not is_count(n_alternatives) or not isinstance(excess, int | float):
         raise TypeError(f"n_alternatives {quoted(n_alternatives, 60)} and excess {quoted(excess, 60)} found")
     return n_alternatives, float(excess)
 
 
 def _nothing_found(choice: Any, found: str) -> str:
     """What was found instead of log-probabilities, with the remedy."""
-    message: Any = choice.get("message") if _is_mapping(choice) else None
-    if _is_mapping(message) and message.get("tool_calls"):
+    message: Any = choice.get("message") if is_mapping(choice) else None
+    if is_mapping(message) and message.get("tool_calls"):
         return f"{found}, beside tool calls; {_TOOL_CALLS}"
     return f"{found}: {_ASK}, and check that this model and server return them"
 
@@ -387,16 +244,16 @@ def _gather(content: Sequence[Any], rows: Sequence[Any]) -> Read:
 def _checked_rows(entry: Any, position: int) -> Sequence[Any]:
     """The alternatives of one token, none for null; raises where the form is wrong."""
     where = f"logprobs.content[{position}]"
-    if not _is_mapping(entry) or "logprob" not in entry:
-        raise LogprobsMalformed(f"{where} must be an object with a logprob; found {_outline(entry)}")
+    if not is_mapping(entry) or "logprob" not in entry:
+        raise LogprobsMalformed(f"{where} must be an object with a logprob; found {outline(entry)}")
     row = entry.get("top_logprobs")
     if row is None:
         return ()
-    if not _is_list(row):
-        raise LogprobsMalformed(f"{where}.top_logprobs must be a list; found {_outline(row)}")
+    if not is_list(row):
+        raise LogprobsMalformed(f"{where}.top_logprobs must be a list; found {outline(row)}")
     for rank, alternative in enumerate(row):
-        if not _is_mapping(alternative) or "logprob" not in alternative:
-            found = _outline(alternative)
+        if not is_mapping(alternative) or "logprob" not in alternative:
+            found = outline(alternative)
             raise LogprobsMalformed(f"{where}.top_logprobs[{rank}] must be an object with a logprob; found {found}")
     return row
 
@@ -404,16 +261,16 @@ def _checked_rows(entry: Any, position: int) -> Sequence[Any]:
 def _read_legacy(payload: Json) -> Read:
     """The numbers of the completions form; ``top_logprobs`` may be null, as a whole or token by token."""
     drawn: Any = payload["token_logprobs"]
-    if not _is_list(drawn):
-        raise LogprobsMalformed(f"logprobs.token_logprobs must be a list; found {_outline(drawn)}")
+    if not is_list(drawn):
+        raise LogprobsMalformed(f"logprobs.token_logprobs must be a list; found {outline(drawn)}")
     rows: Any = payload.get("top_logprobs") or [None] * len(drawn)
-    if not _is_list(rows) or len(rows) != len(drawn):
+    if not is_list(rows) or len(rows) != len(drawn):
         raise LogprobsMalformed(
-            f"logprobs.top_logprobs must have {len(drawn)} items, one a token; found {_outline(rows)}"
+            f"logprobs.top_logprobs must have {len(drawn)} items, one a token; found {outline(rows)}"
         )
     for position, row in enumerate(rows):
-        if row is not None and not _is_mapping(row):
-            raise LogprobsMalformed(f"logprobs.top_logprobs[{position}] must be an object; found {_outline(row)}")
+        if row is not None and not is_mapping(row):
+            raise LogprobsMalformed(f"logprobs.top_logprobs[{position}] must be an object; found {outline(row)}")
     values = [list(row.values()) if row else [] for row in rows]
     return Read(drawn, [len(row) for row in values], [value for row in values for value in row])
 
@@ -526,65 +383,21 @@ def _confidences(alternatives: Floats) -> Floats:
     return np.divide(totals, counts, out=np.full(len(counts), np.nan), where=counts > 0)
 
 
-def _text(content: Any) -> str:
-    """The text of a message; content parts are joined."""
-    if _is_list(content):
-        return "".join(_text(part.get("text")) if _is_mapping(part) else _text(part) for part in content)
-    return content if isinstance(content, str) else ""
-
-
-def _tool_call(call: Any, flaws: dict[str, str]) -> dict[str, Any]:
-    """One tool call with decoded arguments; adds a flaw where they cannot be decoded."""
-    function: Any = call.get("function") if _is_mapping(call) else None
-    if not _is_mapping(function):
-        flaws["invalid_action"] = f"a tool call without a function: {_outline(call)}"
-        return {"name": "", "args": {}}
-    arguments: Any = function.get("arguments")
-    args: Any = arguments
-    problem = "they are not a JSON object"
-    try:
-        # Models write no arguments as "" too, and line breaks in strings as they are.
-        args = json.loads(arguments or "{}", strict=False) if isinstance(arguments, str | None) else arguments
-    except (ValueError, RecursionError) as failure:
-        problem = str(failure)
-    return tool_call(function.get("name"), args, call.get("id"), flaws, f"{problem}; found {quoted(arguments, 200)}")
-
-
-def tool_call(
-    name: Any, args: Any, identity: Any, flaws: dict[str, str], problem: str = "they are not an object"
-) -> dict[str, Any]:
-    """A tool call as candidates hold it; adds the flaw ``invalid_action`` where its arguments cannot be kept.
-
-    Args:
-        name: Name of the tool.
-        args: Its decoded arguments.
-        identity: ID of the call; left out if it is None or empty.
-        flaws: Takes the flaw.
-        problem: What is wrong if ``args`` is not a mapping.
-    """
-    called = shown(name, 200) if name else ""
-    problems: list[str] = []
-    kept = storable(args if _is_mapping(args) else {}, problems)
-    if not _is_mapping(args):
-        problems.append(problem)
-    if problems:
-        flaws["invalid_action"] = f"arguments of {called or 'a tool call'}: {problems[0]}"
-    return {"name": called, "args": kept, **({"id": shown(identity, 500)} if identity else {})}
-
-
-def _is_mapping(value: Any) -> TypeGuard[Json]:
+def is_mapping(value: Any) -> TypeGuard[Json]:
+    """Tell whether a value is a JSON object."""
     return isinstance(value, (dict, Mapping))  # most are, and that is seen at once
 
 
-def _is_list(value: Any) -> TypeGuard[list[Any]]:
+def is_list(value: Any) -> TypeGuard[list[Any]]:
+    """Tell whether a value is a JSON array."""
     return isinstance(value, list)
 
 
-def _outline(value: Any) -> str:
-    """A short description of what was found."""
-    if _is_mapping(value):
+def outline(value: Any) -> str:
+    """Describe in a few words what was found."""
+    if is_mapping(value):
         error = f" (error: {quoted(value['error'], 200)})" if value.get("error") else ""
         return f"an object with keys {sorted(map(str, value))[:8]}{error}"
-    if _is_list(value):
+    if is_list(value):
         return f"a list of {len(value)}"
     return f"{type(value).__name__} {quoted(value, 60)}"

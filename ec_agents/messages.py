@@ -9,15 +9,12 @@ from typing import Any, Protocol, TypeGuard, cast
 
 from ec_agents.candidates import Candidate, storable
 from ec_agents.errors import LogprobsError, LogprobsMalformed
-from ec_agents.logprobs import (
+from ec_agents.logprobs import dumped, quoted, shown, token_signals
+from ec_agents.responses import (
     choice_candidate,
-    dumped,
     finish_reason,
-    quoted,
     response_candidates,
     server_error,
-    shown,
-    token_signals,
     tool_call,
     usage_counts,
 )

@@ -12,8 +12,9 @@ from openai.types.chat import ChatCompletion
 from ec_agents.candidates import Candidate, TokenSignals
 from ec_agents.entropy import token_entropies
 from ec_agents.errors import ConfigError, LogprobsMalformed, LogprobsMissing, ServerError
-from ec_agents.logprobs import choice_candidate, response_candidates, token_signals
+from ec_agents.logprobs import token_signals
 from ec_agents.messages import as_candidate
+from ec_agents.responses import choice_candidate, response_candidates
 
 HALF = math.log(0.5)
 LOWEST = -3.4028234663852886e38

@@ -28,7 +28,7 @@ from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.candidates import Candidate, Step
 from ec_agents.cli.score import score_rows
 from ec_agents.errors import ConfigError, TraceError
-from ec_agents.logprobs import choice_candidate
+from ec_agents.responses import choice_candidate
 from ec_agents.selection import select
 from ec_agents.testing import Reply, ScriptedChatModel, profile_logprobs
 from ec_agents.trace import REMOVED, TraceWriter, as_trace_writer, read_steps, read_trajectories

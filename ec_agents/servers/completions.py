@@ -15,7 +15,8 @@ import msgspec
 from msgspec import UNSET, Raw, Struct
 
 from ec_agents.errors import LogprobsMalformed, ResponseTooLarge, ServerError
-from ec_agents.logprobs import Read, measured, pack_logprobs, server_error, token_signals
+from ec_agents.logprobs import Read, pack_logprobs, signals_of, token_signals
+from ec_agents.responses import server_error
 
 Json = Mapping[str, Any]
 
@@ -338,7 +339,7 @@ def _slim(choice: _Choice, raw: Callable[[], _RawChoice], slices: Sequence[bytes
     if not tokens or (slices and tokens[0].logprob != _NO_LOGPROB):
         raise msgspec.DecodeError("no tokens")
     read = _joined([*map(_read_slice, slices), _read(tokens[1:])]) if slices else _read(tokens)
-    return {**fields, "logprobs": pack_logprobs(lambda: measured(read, lambda: _Entries(_raw_tokens(slices, raw()))))}
+    return {**fields, "logprobs": pack_logprobs(lambda: signals_of(read, lambda: _Entries(_raw_tokens(slices, raw()))))}
 
 
 def _packed_before(logprobs: _Logprobs) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from langchain_core.messages import AIMessage, HumanMessage, convert_to_openai_m
 
 from ec_agents.candidates import Candidate
 from ec_agents.errors import ActionError, ConfigError, EcAgentsError
-from ec_agents.logprobs import response_candidates
+from ec_agents.responses import response_candidates
 from ec_agents.servers.json_actions import JsonActions
 from ec_agents.servers.providers import Endpoint, Verdict, capabilities, provider_of, remember, verify
 from ec_agents.servers.transport import is_about_n

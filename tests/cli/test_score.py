@@ -16,7 +16,7 @@ from ec_agents.candidates import Candidate, Step
 from ec_agents.cli import main as cli
 from ec_agents.cli.score import DEFAULT_SCORERS, columns, score_rows, write_file, write_rows
 from ec_agents.errors import ConfigError, EcAgentsError, TraceError
-from ec_agents.logprobs import response_candidates
+from ec_agents.responses import response_candidates
 from ec_agents.scoring import SCORERS, scorer_named
 from ec_agents.selection import Selector
 from ec_agents.testing import profile_logprobs

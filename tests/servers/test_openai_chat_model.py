@@ -28,8 +28,9 @@ from pydantic import BaseModel
 
 from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.errors import ConfigError, LogprobsError, LogprobsMalformed, LogprobsMissing
-from ec_agents.logprobs import response_candidates, token_signals
+from ec_agents.logprobs import token_signals
 from ec_agents.messages import message_candidate
+from ec_agents.responses import response_candidates
 from ec_agents.sampling import sample
 from ec_agents.servers.completions import decode_response, split_usage
 from ec_agents.servers.fast_logprobs import _typed, fast_logprobs

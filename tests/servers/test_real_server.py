@@ -35,8 +35,8 @@ from ec_agents.embedded.export import export
 from ec_agents.embedded.tasks import FAMILIES, Family
 from ec_agents.embedded.template import Turn, render
 from ec_agents.embedded.transformer import Cache, Floats, Transformer
-from ec_agents.logprobs import choice_candidate
 from ec_agents.messages import message_candidate
+from ec_agents.responses import choice_candidate
 from ec_agents.sampling import sample
 from ec_agents.scoring import CentroidScorer
 from ec_agents.servers.openai_chat_model import OpenAIChatModel

@@ -11,8 +11,8 @@ from langchain_openai import ChatOpenAI
 
 from ec_agents.candidates import Candidate
 from ec_agents.errors import LogprobsMalformed
-from ec_agents.logprobs import response_candidates
 from ec_agents.messages import message_candidate
+from ec_agents.responses import response_candidates
 from ec_agents.servers.fast_logprobs import fast_logprobs
 from ec_agents.servers.openai_chat_model import OpenAIChatModel
 from ec_agents.testing import Fault, FaultServer

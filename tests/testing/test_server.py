@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ec_agents.embedded import EmbeddedChatModel
 from ec_agents.errors import ConfigError
-from ec_agents.logprobs import response_candidates
+from ec_agents.responses import response_candidates
 from ec_agents.testing import FAULTS, Fault, FaultServer, Reply, ScriptedChatModel
 
 ASK: dict[str, Any] = {"model": "any", "messages": [{"role": "user", "content": "hi"}]}
