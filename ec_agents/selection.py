@@ -48,6 +48,9 @@ Groups = tuple[list[Candidate], list[Candidate]]
 SEVERITY = ("truncated", "interrupted", "degenerate_loop", "no_signal", "invalid_action", "refused", "empty")
 """Flaws from the mildest to the worst; flaws of custom guards rank as ``invalid_action``."""
 
+_QUIET = np.errstate(invalid="ignore", over="ignore", divide="ignore")
+"""Infinite signals of a damaged file give scores that are not finite, and these count as missing."""
+
 _LOOP_CHARACTERS = 240
 _LOOP_REPEATS = 4
 
@@ -152,6 +155,7 @@ class Selector:
         if not _is_guards(self.guards):
             raise ConfigError(f"guards must be a mapping of flaw names to functions; found {_found(self.guards)}")
 
+    @_QUIET
     def __call__(self, candidates: Sequence[Candidate]) -> Selection:
         """Choose one of the candidates.
 
@@ -183,6 +187,7 @@ class Selector:
             n_agree=sum(action_key(candidate) == winner for candidate in ordered),
         )
 
+    @_QUIET
     def choose(self, candidates: Sequence[Candidate]) -> int:
         """Index of the candidate that a call chooses, without the evidence; raises what a call raises."""
         return self._ranking(candidates).ranked[0].index

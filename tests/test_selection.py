@@ -274,6 +274,20 @@ def test_selections_survive_json_exactly(indexes: list[int], name: str):
     assert Selection.from_builtins(data) == before
 
 
+numbers = st.one_of(st.floats(width=32), st.sampled_from([math.inf, -math.inf, math.nan, 0.0, 3e38, -3e38]))
+
+
+@pytest.mark.parametrize("name", SCORERS)
+@given(st.lists(st.one_of(st.none(), st.lists(numbers, max_size=40)), min_size=1, max_size=4))
+def test_any_numbers_are_ranked_without_error_or_warning(name: str, rows: list[list[float] | None]):
+    """Infinite, missing, huge and no signals: each scorer and vote chooses, and no score in the record is infinite."""
+    drawn = [candidate(i, signals=None if row is None else signals(row)) for i, row in enumerate(rows)]
+    choice = select(drawn, name)
+    assert sorted(choice.order) == list(range(len(rows)))
+    assert all(score is None or math.isfinite(score) for score in choice.scores.values())
+    json.dumps(choice.to_builtins(), allow_nan=False)
+
+
 @pytest.mark.parametrize("change", [{"chosen": 9}, {"order": []}, {"order": [0, -1]}, {"scores": []}, {"scores": {}}])
 def test_damaged_selections_are_refused(change: dict[str, Any]):
     data = select([peaked(0), peaked(1)]).to_builtins()

@@ -414,7 +414,7 @@ async def test_an_agents_losing_requests_are_cancelled_on_the_wire(client: Calla
         state = await agent.ainvoke(ASK)
         await until(lambda: server.abandoned == 2 and not server.in_flight)
     record = state["messages"][-1].response_metadata["ec_agents"]
-    assert len(record["scores"]) == 2
+    assert len(record["order"]) == 2
     assert len([*filter(None, record["failures"])]) == 2
 
 
