@@ -238,6 +238,17 @@ def effort_for(effort: Effort, view: StepView) -> Effort:
     return effort.for_step(view) if isinstance(effort, ForStep) else effort
 
 
+def replay_effort(effort: Effort, candidates: Sequence[Candidate]) -> list[int]:
+    """Return how many of recorded candidates an effort would have drawn in each wave.
+
+    Waves are taken whole: live, a vote that is settled within a wave cancels the calls in flight.
+    """
+    waves: list[int] = []
+    while more := min(effort(candidates[: sum(waves)], len(candidates) - sum(waves)), len(candidates) - sum(waves)):
+        waves.append(more)
+    return waves
+
+
 def why(effort: Effort, candidates: Sequence[Candidate]) -> str:
     """Describe in a few words why an effort drew as many candidates as it did."""
     explain = getattr(effort, "why", None)

@@ -24,10 +24,11 @@ from langsmith import tracing_context  # pyright: ignore[reportUnknownVariableTy
 from pydantic import PrivateAttr
 
 from ec_agents.agents.quiet_model import is_configurable
-from ec_agents.agents.step import chosen_message, decide, record_step, step_name, stream_writer
+from ec_agents.agents.step import chosen_message, decide, record_step, step_name, step_view, stream_writer
 from ec_agents.agents.step_request import StepModel, StepRequest, calling
 from ec_agents.agents.tool_calls import ToolChecks, ToolSets
 from ec_agents.candidates import Candidate, CandidateSet, Selection
+from ec_agents.effort import check_effort
 from ec_agents.errors import ConfigError
 from ec_agents.messages import message_candidate
 from ec_agents.policy import as_policy
@@ -76,6 +77,8 @@ class CentroidChatModel(OneChunkModel):
     """How many candidates."""
     selector: Any = None
     """How to choose: a ``Selector``, a scorer or vote, or a name; None takes the lowest entropy centroid."""
+    effort: Any = None
+    """Decides, up to ``n``, how many candidates each call draws: ``Agree()``, ``Escalate(...)``, …; None draws all."""
     top_logprobs: int | None = 20
     """Alternatives to ask for at each token; None asks for nothing."""
     action_format: str = "auto"
@@ -110,6 +113,8 @@ class CentroidChatModel(OneChunkModel):
         self.trace = as_trace_writer(self.trace)
         self.policy = as_policy(self.policy)
         self.policy.check(self.n)
+        if self.effort is not None:
+            check_effort(self.effort, self.n)
         if is_configurable(self.model):
             raise ConfigError(
                 "model is configurable, and CentroidChatModel asks one model; make one for each alternative: "
@@ -188,8 +193,8 @@ class CentroidChatModel(OneChunkModel):
 
         # Without this, tracing that the environment switches on would show the N calls as runs of their own.
         with tracing_context(enabled=None if self.trace_candidates else False):
-            request = StepRequest(self._step, options, self.n, policy=self.policy, parse=parse)
-            drawn = await request.draw(ask, write=write)
+            request = StepRequest(self._step, options, self.n, policy=self.policy, parse=parse, effort=self.effort)
+            drawn = await request.draw(ask, write=write, view=step_view(messages, _named(options.get("tools") or ())))
         seconds = time.perf_counter() - started
         selection, record, _ = decide(self.selector, drawn, write)
         if self.trace is not None:
@@ -244,3 +249,9 @@ def _shown_step(messages: Sequence[BaseMessage]) -> dict[str, Any] | None:
     """The name of the last step in a conversation that has one."""
     records = (message.response_metadata.get("ec_agents", {}) for message in reversed(messages))
     return next((record for record in records if "run" in record), None)
+
+
+def _named(tools: Sequence[Any]) -> dict[str, Any]:
+    """Return bound tools by name."""
+    functions: list[Any] = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
+    return {str(function.get("name")): function for function in functions}

@@ -31,12 +31,14 @@ from ec_agents.agents.step import (
     chosen_message,
     decide,
     record_step,
+    step_view,
     stream_writer,
     without_logprobs,
 )
 from ec_agents.agents.step_request import Options, StepModel, StepRequest, check_action_format, remembering
 from ec_agents.agents.tool_calls import ToolChecks, ToolSets, answered
 from ec_agents.candidates import Candidate, CandidateSet
+from ec_agents.effort import Effort, StepView, check_effort
 from ec_agents.errors import ConfigError
 from ec_agents.messages import SIGNALS_KEY, message_candidate
 from ec_agents.policy import SamplingPolicy, as_policy, respond
@@ -102,6 +104,11 @@ class _Step:
     write: Write
     started: float
 
+    @property
+    def view(self) -> StepView:
+        """What an effort may know."""
+        return step_view(self.request.messages, self.tools)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Answer:
@@ -130,6 +137,8 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         policy: Timeouts, retries, hedging and limits of a step; a number is the timeout of a call in seconds.
             Calls that the step gives up are closed, in ``invoke`` too, unless the model has only a synchronous method:
             such a call runs on in a thread that does not keep the process alive.
+        effort: Decides, up to ``n``, how many candidates each step draws: ``Agree()``, ``Escalate(...)``, ``ByRisk()``,
+            ``Prime()``, or a function; None draws all at once.
         durable: Make each call a LangGraph task, so that a run that crashed repeats only the missing calls, and an
             interrupt in the same step does not draw again. Needs a checkpointer.
         trace: Records every step: a ``TraceWriter`` or the path of a file. ``metadata`` of the configuration may name
@@ -166,6 +175,7 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         top_logprobs: int | None = 20,
         action_format: ActionFormat = "auto",
         policy: SamplingPolicy | float | None = None,
+        effort: Effort | None = None,
         durable: bool = False,
         trace: TraceWriter | str | Path | None = None,
     ) -> None:
@@ -178,6 +188,9 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         self.policy.check(sys.maxsize if callable(n) else n)
         # A durable call is one task, whose position LangGraph remembers: its retries and its queueing happen inside.
         self._step_policy = replace(self.policy, **_CALL_LIMITS) if durable else self.policy
+        self.effort = effort
+        if effort is not None:
+            check_effort(effort, sys.maxsize if callable(n) else n)
         check_action_format(action_format)
         self._tool_sets = ToolSets()
         self._prepared = remembering(partial(StepModel, top_logprobs=top_logprobs, action_format=action_format))
@@ -207,7 +220,7 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         gate = self.policy.gate()
         as_json = await task(name=_TASK)(form)() if self._keeps_form(step) else None
         ask = stored if self.durable else answer
-        drawn = await step.asks.draw(ask, write=step.write, begins_as_json=as_json)
+        drawn = await step.asks.draw(ask, write=step.write, view=step.view, begins_as_json=as_json)
         return await self._conclude(step, handler, drawn)
 
     def wrap_model_call(  # noqa: D102 - inherited
@@ -235,7 +248,7 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         as_json = task(name=_TASK)(step.asks.writes_json)().result() if self._keeps_form(step) else None
 
         async def work() -> ExtendedModelResponse[Any]:
-            drawn = await step.asks.draw(ask, write=step.write, begins_as_json=as_json)
+            drawn = await step.asks.draw(ask, write=step.write, view=step.view, begins_as_json=as_json)
             return await self._conclude(step, handler, drawn)
 
         return run_blocking(work)
@@ -251,7 +264,9 @@ class EntropyCentroidMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         options = {**model.options, **request.model_settings}
         return _Step(
             request=request,
-            asks=StepRequest(model, options, n, policy=self._step_policy, parse=_candidate, tools=acts),
+            asks=StepRequest(
+                model, options, n, policy=self._step_policy, parse=_candidate, effort=self.effort, tools=acts
+            ),
             n=n,
             tools=self._tool_sets.of(request.tools),
             outputs=self._outputs(request),

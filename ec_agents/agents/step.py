@@ -15,7 +15,12 @@ from langgraph.constants import TAG_NOSTREAM
 
 from ec_agents.agents.quiet_model import is_stream
 from ec_agents.agents.telemetry import choice_span
+<<<<<<< HEAD
 from ec_agents.candidates import Candidate, CandidateSet, Selection, Step, add_usage, by_index, storable
+=======
+from ec_agents.candidates import Candidate, CandidateSet, Selection, Step, add_usage, storable
+from ec_agents.effort import StepView
+>>>>>>> 3954327 (Efforts in the middleware and the chat model, and their replay on recorded answers)
 from ec_agents.errors import FailedCall, TraceError
 from ec_agents.messages import SIGNALS_KEY
 from ec_agents.selection import Selector
@@ -116,7 +121,7 @@ def record_step(
         selection=selection,
         failures={i: describe_failure(failure) for i, failure in drawn.failures.items()},
         seconds=seconds,
-        info={"spent": dict(drawn.spent)} if drawn.spent else {},
+        info={**({"spent": dict(drawn.spent)} if drawn.spent else {}), **effort_record(drawn)},
     )
     try:
         trace.write(step)
@@ -158,9 +163,26 @@ _WRITTEN = ("content", "additional_kwargs", "tool_calls", "invalid_tool_calls", 
 
 def decision_record(drawn: CandidateSet, selection: Selection) -> dict[str, Any]:
     """The evidence of a choice as builtins, small enough to stay on the message: ``response_metadata["ec_agents"]``."""
+<<<<<<< HEAD
     n = len(drawn.candidates) + len(drawn.failures)
     failures = {i: describe_failure(failure) for i, failure in drawn.failures.items()}
     return {**selection.to_builtins(n), "failures": by_index(failures, n, None), "usage": total_usage(drawn)}
+=======
+    failures = {str(i): describe_failure(failure) for i, failure in drawn.failures.items()}
+    return {**selection.to_builtins(), "failures": failures, "usage": total_usage(drawn), **effort_record(drawn)}
+
+
+def effort_record(drawn: CandidateSet) -> dict[str, Any]:
+    """Return, for a step with an effort, how many calls each wave had and why no more were drawn."""
+    return {"waves": list(drawn.waves), "stopped": drawn.stopped} if drawn.stopped else {}
+
+
+def step_view(messages: Sequence[BaseMessage], tools: Mapping[str, Any]) -> StepView:
+    """Return what an effort may know of a step; steps are counted from the last human message."""
+    latest = next((i for i, m in enumerate(reversed(messages)) if m.type == "human"), len(messages))
+    number = sum(message.type == "ai" for message in messages[len(messages) - latest :])
+    return StepView(messages=messages, tools=tools, number=number)
+>>>>>>> 3954327 (Efforts in the middleware and the chat model, and their replay on recorded answers)
 
 
 def outline(candidate: Candidate) -> dict[str, Any]:

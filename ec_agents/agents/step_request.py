@@ -7,6 +7,7 @@ the middleware and the chat model share this and differ only in how they make a 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import is_
 from typing import Any, get_args
 
@@ -18,6 +19,7 @@ from ec_agents.agents.quiet_model import logprobs_settings, one_step, silent_mod
 from ec_agents.agents.step import Write, describe_failure, outline, total_usage
 from ec_agents.agents.telemetry import sampling_span
 from ec_agents.candidates import Candidate, CandidateSet
+from ec_agents.effort import Effort, StepView, effort_for
 from ec_agents.errors import ActionError, ConfigError, LogprobsMissing, SamplingError, UnsupportedLogprobs
 from ec_agents.policy import SamplingPolicy
 from ec_agents.sampling import sample
@@ -46,6 +48,9 @@ Ask = Callable[[BaseChatModel, Options, int], Awaitable[Any]]
 
 Parse = Callable[[Any, int], Candidate]
 """Response and index → candidate."""
+
+Sampled = Callable[..., Awaitable[CandidateSet]]
+"""Samples once: ``parse`` and ``as_json`` → candidates."""
 
 _TYPED = (ActionError, ConfigError, UnsupportedLogprobs)
 """Errors identical for every call; re-raised directly if all fail."""
@@ -155,6 +160,7 @@ class StepRequest:
         n: How many candidates.
         policy: Timeouts, retries and limits.
         parse: Response and index → candidate.
+        effort: Decides how many of the N candidates are drawn; None draws all at once.
         tools: Whether an answer may be a tool call; None: if ``options`` has tools.
     """
 
@@ -166,10 +172,11 @@ class StepRequest:
         *,
         policy: SamplingPolicy,
         parse: Parse,
+        effort: Effort | None = None,
         tools: bool | None = None,
     ) -> None:
         self._model, self._options, self._n = model, options, n
-        self._policy, self._parse = policy, parse
+        self._policy, self._parse, self._effort = policy, parse, effort
         self._tools = bool(options.get("tools")) if tools is None else tools
         self._where: Endpoint | None = model.endpoint
         if model.endpoint is not None and isinstance(options.get("model"), str):
@@ -222,7 +229,9 @@ class StepRequest:
         """Whether responses may show that actions have to be requested as JSON."""
         return self._tools and self._model.action_format == "auto" and self._where is not None
 
-    async def draw(self, ask: Ask, *, write: Write, begins_as_json: bool | None = None) -> CandidateSet:
+    async def draw(
+        self, ask: Ask, *, write: Write, view: StepView | None = None, begins_as_json: bool | None = None
+    ) -> CandidateSet:
         """Sample the candidates of the step.
 
         Where tool calls turn out to have no log-probabilities, the step is sampled again with actions as JSON; where
@@ -231,6 +240,7 @@ class StepRequest:
         Args:
             ask: Makes one call.
             write: Receives the ``custom`` events.
+            view: What the effort may know of the step.
             begins_as_json: Whether to request JSON first, where that is settled. All N calls are then waited for, so
                 that a step that runs again makes the same calls.
 
@@ -242,32 +252,32 @@ class StepRequest:
             SamplingError: Fewer calls succeeded than the policy needs.
         """
         self.refuse()
+        sampled = partial(self._sampled, ask, write, self._effort and effort_for(self._effort, view or StepView()))
         as_json = self.writes_json() if begins_as_json is None else begins_as_json
         if as_json:
             try:
-                return await self._measured(ask, write, as_json=True)
+                return await self._measured(sampled, as_json=True)
             except ActionError:
                 if not self.may_learn or self._where is None:
                     raise
                 remember_without_schemas(self._where)
-            return await self._measured(ask, write, as_json=False)
+            return await self._measured(sampled, as_json=False)
         if not self.may_learn or self._where is None:
-            return await self._measured(ask, write, as_json=False)
-        return await self._learned(self._where, ask, write, stops=begins_as_json is None and self._is_new())
+            return await self._measured(sampled, as_json=False)
+        return await self._learned(self._where, sampled, stops=begins_as_json is None and self._is_new())
 
-    async def _learned(self, where: Endpoint, ask: Ask, write: Write, *, stops: bool) -> CandidateSet:
+    async def _learned(self, where: Endpoint, sampled: Sampled, *, stops: bool) -> CandidateSet:
         """Sample with tool calls and, if they cannot be measured, once more as JSON.
 
         Args:
             where: The endpoint.
-            ask: Makes one call.
-            write: Receives the ``custom`` events.
+            sampled: Samples once.
             stops: Whether the calls end as soon as enough tool calls have landed, all without log-probabilities.
         """
         found, landed = None, list[Candidate]()
         try:
             parse = _until_unmeasured(self._parse, landed) if stops and takes_schemas(where) else self._parse
-            found = await self._sampled(ask, write, parse, as_json=False)
+            found = await sampled(parse, as_json=False)
         except _UnmeasuredCall:
             pass
         candidates = landed if found is None else found.candidates
@@ -278,29 +288,31 @@ class StepRequest:
             return _any_measured(found, problem)
         _log.warning("asking again, with actions as JSON: %s", problem)
         try:
-            again = await self._measured(ask, write, as_json=True)
+            again = await self._measured(sampled, as_json=True)
         except ActionError:
             remember_without_schemas(where)
             if found is None:
-                found = await self._sampled(ask, write, self._parse, as_json=False)
+                found = await sampled(self._parse, as_json=False)
                 self._problem(found.candidates, as_json=False)
             if any(candidate.signals for candidate in found.candidates):
                 return found
             raise
         return replace(again, spent=total_usage(found or CandidateSet(candidates=candidates)))
 
-    async def _measured(self, ask: Ask, write: Write, *, as_json: bool) -> CandidateSet:
+    async def _measured(self, sampled: Sampled, *, as_json: bool) -> CandidateSet:
         """Sample once.
 
         Raises:
             LogprobsMissing: The responses cannot be measured.
         """
-        found = await self._sampled(ask, write, self._parse, as_json=as_json)
+        found = await sampled(self._parse, as_json=as_json)
         if problem := self._problem(found.candidates, as_json=as_json):
             raise LogprobsMissing(problem)
         return found
 
-    async def _sampled(self, ask: Ask, write: Write, parse: Parse, *, as_json: bool) -> CandidateSet:
+    async def _sampled(
+        self, ask: Ask, write: Write, effort: Effort | None, parse: Parse, *, as_json: bool
+    ) -> CandidateSet:
         """Sample once, with a ``custom`` event per candidate and a span for all."""
         variants = self._model.variants(self._options, self._n, as_json=as_json)
 
@@ -314,7 +326,8 @@ class StepRequest:
         model, options = variants[0]
         try:
             with sampling_span(model.bind(**options), self._n) as report, one_step():
-                found = await sample(call, n=self._n, policy=self._policy, parse=parse, on_result=on_result)
+                limits = {"n": self._n, "policy": self._policy, "effort": effort}
+                found = await sample(call, **limits, parse=parse, on_result=on_result)
                 report(found)
         except SamplingError as error:
             first = next(iter(error.failures.values()))

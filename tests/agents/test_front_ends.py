@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from ec_agents.agents.chat_model import CentroidChatModel
 from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.agents.middleware import EntropyCentroidMiddleware
+from ec_agents.effort import Agree
 from ec_agents.embedded import EmbeddedChatModel
 from ec_agents.errors import (
     ActionError,
@@ -450,3 +451,25 @@ async def test_what_is_bound_to_the_model_hears_of_every_candidate(make: Any):
     await EmbeddedChatModel(seed=1).ainvoke("Ann has 2.", {"callbacks": [once]})
     [counted], [single] = counter.usage_metadata.values(), once.usage_metadata.values()
     assert counted["input_tokens"] == 3 * single["input_tokens"]
+
+
+# Effort
+
+
+@EVERYWHERE
+@WAYS
+async def test_effort(make: Any, way: str):
+    """A step draws no more candidates than its effort asks for, and its record says why."""
+    model = ScriptedChatModel(replies=[Reply(content="3")] * 8)
+    state = await run(make(model, (), n=8, effort=Agree(confidence=0.8)), way)
+    record = records(state)[0]
+    assert len(model.requests) == 2
+    assert record["waves"] == [2]
+    assert record["stopped"].startswith("Agree: 2 candidates agree")
+
+
+@EVERYWHERE
+def test_effort_is_checked(make: Any):
+    """What is not an effort is refused before anything is sent."""
+    with pytest.raises(ConfigError, match="effort must be Agree"):
+        make(ScriptedChatModel(), (), n=8, effort="agree")
