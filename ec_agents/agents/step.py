@@ -15,12 +15,8 @@ from langgraph.constants import TAG_NOSTREAM
 
 from ec_agents.agents.quiet_model import is_stream
 from ec_agents.agents.telemetry import choice_span
-<<<<<<< HEAD
 from ec_agents.candidates import Candidate, CandidateSet, Selection, Step, add_usage, by_index, storable
-=======
-from ec_agents.candidates import Candidate, CandidateSet, Selection, Step, add_usage, storable
 from ec_agents.effort import StepView
->>>>>>> 3954327 (Efforts in the middleware and the chat model, and their replay on recorded answers)
 from ec_agents.errors import FailedCall, TraceError
 from ec_agents.messages import SIGNALS_KEY
 from ec_agents.selection import Selector
@@ -163,13 +159,14 @@ _WRITTEN = ("content", "additional_kwargs", "tool_calls", "invalid_tool_calls", 
 
 def decision_record(drawn: CandidateSet, selection: Selection) -> dict[str, Any]:
     """The evidence of a choice as builtins, small enough to stay on the message: ``response_metadata["ec_agents"]``."""
-<<<<<<< HEAD
     n = len(drawn.candidates) + len(drawn.failures)
     failures = {i: describe_failure(failure) for i, failure in drawn.failures.items()}
-    return {**selection.to_builtins(n), "failures": by_index(failures, n, None), "usage": total_usage(drawn)}
-=======
-    failures = {str(i): describe_failure(failure) for i, failure in drawn.failures.items()}
-    return {**selection.to_builtins(), "failures": failures, "usage": total_usage(drawn), **effort_record(drawn)}
+    return {
+        **selection.to_builtins(n),
+        "failures": by_index(failures, n, None),
+        "usage": total_usage(drawn),
+        **effort_record(drawn),
+    }
 
 
 def effort_record(drawn: CandidateSet) -> dict[str, Any]:
@@ -182,7 +179,6 @@ def step_view(messages: Sequence[BaseMessage], tools: Mapping[str, Any]) -> Step
     latest = next((i for i, m in enumerate(reversed(messages)) if m.type == "human"), len(messages))
     number = sum(message.type == "ai" for message in messages[len(messages) - latest :])
     return StepView(messages=messages, tools=tools, number=number)
->>>>>>> 3954327 (Efforts in the middleware and the chat model, and their replay on recorded answers)
 
 
 def outline(candidate: Candidate) -> dict[str, Any]:
