@@ -8,6 +8,7 @@ from ec_agents.agents.graph import (
 )
 from ec_agents.agents.middleware import EntropyCentroidMiddleware as EntropyCentroidMiddleware
 from ec_agents.agents.state import CentroidState as CentroidState
+from ec_agents.budget import Budget as Budget, Price as Price, Spent as Spent
 from ec_agents.candidates import (
     Candidate as Candidate,
     CandidateSet as CandidateSet,
@@ -37,6 +38,7 @@ from ec_agents.entropy import (
 )
 from ec_agents.errors import (
     ActionError as ActionError,
+    BudgetExceeded as BudgetExceeded,
     ConfigError as ConfigError,
     EcAgentsError as EcAgentsError,
     LogprobsError as LogprobsError,

@@ -81,8 +81,8 @@ class Budget:
     """Limit what everything inside may spend; a context manager, synchronous and asynchronous.
 
     When little is left, steps get fewer candidates; when nothing is left, no call is sent any more and
-    ``BudgetExceeded`` is raised. Tokens and cost are known only when a response has arrived, so they are exceeded by the
-    calls in flight at most. Of nested budgets the tightest holds.
+    ``BudgetExceeded`` is raised. Tokens and cost are known only when a response has arrived, so they are exceeded by
+    the calls in flight at most. Of nested budgets the tightest holds.
 
     Args:
         tokens: Input and output tokens.
@@ -214,8 +214,8 @@ def affordable(n: int) -> int:
 
 
 def exceeded() -> BudgetExceeded:
-    """Return the error of the innermost open budget that allows no call."""
-    return next(budget for budget in reversed(_OPEN.get()) if not budget.affordable(1)).exceeded()
+    """Return the error of the open budget that allows the fewest calls, the innermost of several."""
+    return min(reversed(_OPEN.get()), key=lambda budget: budget.affordable(1)).exceeded()
 
 
 def seconds_left() -> float:

@@ -13,6 +13,7 @@ EcAgentsError
 ├── ActionError                       an answer, or a server, does not follow the JSON form of actions
 ├── SamplingError                     fewer than min_candidates succeeded; .failures holds each
 ├── FailedCall                        a failed call of a step, as read back from a checkpoint
+├── BudgetExceeded                    what was spent reached a limit of a Budget; .limit
 ├── SelectionError                    nothing could be scored and the policy is to raise
 ├── StateError                        a checkpoint holds candidates that this version cannot read, or a journal fails
 ├── TraceError                        a trace cannot be read or written; .path, .line
@@ -84,6 +85,17 @@ class SamplingError(EcAgentsError):
     def __init__(self, message: str, failures: Mapping[int, BaseException]) -> None:
         super().__init__(message)
         self.failures = failures
+
+
+class BudgetExceeded(EcAgentsError):
+    """A ``Budget`` allows no further call."""
+
+    limit: str
+    """Name of the limit: ``tokens``, ``cost``, ``seconds`` or ``calls``."""
+
+    def __init__(self, message: str, limit: str) -> None:
+        super().__init__(message)
+        self.limit = limit
 
 
 class FailedCall(EcAgentsError):

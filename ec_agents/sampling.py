@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any, ParamSpec, TypeVar, cast
 
+from ec_agents import budget
 from ec_agents.candidates import Candidate, CandidateSet
 from ec_agents.effort import Effort, check_effort, why
 from ec_agents.errors import ConfigError, SamplingError
@@ -53,6 +54,7 @@ async def sample(
     Raises:
         ConfigError: An argument is out of range.
         SamplingError: Fewer than ``min_candidates`` calls succeeded; ``failures`` holds what each raised.
+        BudgetExceeded: A budget around this step allows no call.
 
     Example:
         >>> import asyncio
@@ -89,12 +91,14 @@ class _Sampling:
         self._drawn: dict[int, tuple[Any, Candidate]] = {}
         self._failures: dict[int, BaseException] = {}
         self._waves: list[int] = []
+        self._is_cut = False
+        self._seconds = min(math.inf if policy.deadline is None else policy.deadline, budget.seconds_left())
 
     async def run(self) -> None:
         """Draw one wave after the other, until there is enough or it is too late."""
-        now, deadline = asyncio.get_running_loop().time, self._policy.deadline
-        give_up_at = math.inf if deadline is None else now() + deadline
-        while now() < give_up_at and (more := self._more()):
+        now = asyncio.get_running_loop().time
+        give_up_at = now() + self._seconds
+        while now() < give_up_at and not self._is_cut and (more := self._affordable()):
             started = sum(self._waves)
             self._waves.append(more)
             wave = [asyncio.create_task(self._one(i, give_up_at)) for i in range(started, started + more)]
@@ -109,6 +113,8 @@ class _Sampling:
             SamplingError: It is too little.
         """
         needed = self._needed()
+        if len(self._drawn) < needed and (self._is_cut or not budget.affordable(1)):
+            raise budget.exceeded()
         if len(self._drawn) < needed:
             raise _too_few(len(self._drawn), sum(self._waves), needed, self._failures)
         return CandidateSet(
@@ -116,8 +122,14 @@ class _Sampling:
             messages={index: response for index, (response, _) in sorted(self._drawn.items())},
             failures=dict(sorted(self._failures.items())),
             waves=tuple(self._waves),
-            stopped="" if self._effort is None else why(self._effort, self._candidates()),
+            stopped=self._why(),
         )
+
+    def _why(self) -> str:
+        """Explain why fewer than N calls were started; empty where neither an effort nor a budget decided."""
+        if self._is_cut:
+            return "the budget allows no more"
+        return "" if self._effort is None else why(self._effort, self._candidates())
 
     def _candidates(self) -> list[Candidate]:
         return [candidate for _, (_, candidate) in sorted(self._drawn.items())]
@@ -126,6 +138,13 @@ class _Sampling:
         """Return the fewest candidates on which the step may act."""
         least: Callable[[Sequence[Candidate]], int] | None = getattr(self._effort, "least", None)
         return max(self._policy.min_candidates, 1 if least is None else least(self._candidates()))
+
+    def _affordable(self) -> int:
+        """Return how many calls to start now, as far as the budgets allow; a wave that they cut is the last."""
+        wanted = self._more()
+        allowed = budget.affordable(wanted)
+        self._is_cut = allowed < wanted
+        return allowed
 
     def _more(self) -> int:
         """Return how many calls to start now."""
@@ -167,8 +186,11 @@ class _Sampling:
 
     async def _answer(self, index: int) -> tuple[Any, Candidate]:
         """Make one call and parse its response: an error that the response reports is retried as a failed call is."""
-        response, seconds = await timed(lambda: self._call(index))
-        return response, with_seconds(self._parse(response, index), seconds)
+        with budget.one_call():
+            response, seconds = await timed(lambda: self._call(index))
+            candidate = with_seconds(self._parse(response, index), seconds)
+            budget.pay(candidate.usage)
+        return response, candidate
 
     def _failed(self, index: int, failure: BaseException) -> None:
         self._failures[index] = failure
@@ -177,9 +199,8 @@ class _Sampling:
     def _unanswered(self) -> BaseException:
         """Explain why a cancelled call is missing from the results."""
         if not self._is_enough():
-            return TimeoutError(
-                f"no answer within {self._policy.deadline or 0:g} s of the start of the step (deadline)"
-            )
+            limit = "deadline" if self._seconds == self._policy.deadline else "budget"
+            return TimeoutError(f"no answer within {self._seconds:g} s of the start of the step ({limit})")
         if self._is_first_k():
             return asyncio.CancelledError(f"not needed: {self._policy.first} other calls succeeded before (first)")
         return asyncio.CancelledError(f"not needed: {why(self._effort, self._candidates()) if self._effort else ''}")
