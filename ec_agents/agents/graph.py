@@ -28,10 +28,11 @@ from langgraph.types import Send
 from ec_agents.agents.at_most_once import once_where_destructive
 from ec_agents.agents.quiet_model import is_configurable
 from ec_agents.agents.state import CentroidState, check_state_schema, pack_candidates, state_value, unpack_candidates
-from ec_agents.agents.step import Write, announce, chosen_message, decide, record_step, stream_writer
+from ec_agents.agents.step import Write, announce, chosen_message, decide, record_step, step_view, stream_writer
 from ec_agents.agents.step_request import StepModel, StepRequest, calling, check_action_format
 from ec_agents.agents.tool_calls import ToolChecks, answered
 from ec_agents.candidates import Candidate
+from ec_agents.effort import Effort, check_effort
 from ec_agents.errors import ConfigError
 from ec_agents.messages import message_candidate
 from ec_agents.policy import SamplingPolicy, as_policy
@@ -63,6 +64,8 @@ class SamplingNode(Runnable[Any, dict[str, Any]]):
         action_format: ``native`` tool calls; ``json``: actions as JSON in the content, where their tokens are measured;
             ``auto``: ``json`` where tool calls carry no log-probabilities.
         policy: Timeouts, retries, hedging and limits of a step; a number is the timeout of a call in seconds.
+        effort: Decides, up to ``n``, how many candidates each step draws: ``Agree()``, ``Escalate(...)``, ``ByRisk()``,
+            ``Prime()``, or a function; None draws all at once.
 
     Raises:
         ConfigError: An argument is out of range or of the wrong type, the model is not a chat model, or its temperature
@@ -83,10 +86,13 @@ class SamplingNode(Runnable[Any, dict[str, Any]]):
         system_prompt: Prompt | Callable[[Any], Prompt | Awaitable[Prompt]] = None,
         action_format: ActionFormat = "auto",
         policy: SamplingPolicy | float | None = None,
+        effort: Effort | None = None,
     ) -> None:
         self._policy = as_policy(policy)
         self._policy.check(n)
         check_action_format(action_format)
+        if effort is not None:
+            check_effort(effort, n)
         if not (system_prompt is None or isinstance(system_prompt, str | SystemMessage) or callable(system_prompt)):
             found = type(system_prompt).__name__
             raise ConfigError(f"system_prompt must be a str, a SystemMessage or a function of the state; found {found}")
@@ -94,6 +100,8 @@ class SamplingNode(Runnable[Any, dict[str, Any]]):
         self.n = n
         self._prompt = system_prompt
         self._tools = tools
+        self._effort = effort
+        self._by_name = {tool.name: tool for tool in tools if isinstance(tool, BaseTool)}
         self._checks = ToolChecks(tools)
         self._prepare = partial(StepModel, top_logprobs=top_logprobs, action_format=action_format)
         self._model = model
@@ -116,14 +124,15 @@ class SamplingNode(Runnable[Any, dict[str, Any]]):
         prompt = await _of_state(self._prompt, state)
         messages = [SystemMessage(prompt)] if isinstance(prompt, str) else [prompt] if prompt is not None else []
         messages += state_value(state, "llm_input_messages") or state_value(state, "messages") or []
-        drawn = await request.draw(calling(messages, merge_configs(model.config, config)), write=write)
+        ask = calling(messages, merge_configs(model.config, config))
+        drawn = await request.draw(ask, write=write, view=step_view(messages, self._by_name))
         return {"ec_candidates": {**pack_candidates(drawn), "seconds": time.perf_counter() - started}}
 
     def _prepared(self, model: object, run: RunnableConfig | None = None) -> tuple[StepModel, StepRequest]:
         """Return the model and what to ask it; refuse what cannot work."""
         prepared = self._prepare(model, run)
         options = prepared.with_tools(self._tools) if self._tools else prepared.options
-        request = StepRequest(prepared, options, self.n, policy=self._policy, parse=self._parse)
+        request = StepRequest(prepared, options, self.n, policy=self._policy, parse=self._parse, effort=self._effort)
         request.refuse()
         return prepared, request
 
@@ -209,6 +218,7 @@ def create_centroid_agent(
     system_prompt: Prompt | Callable[[Any], Prompt | Awaitable[Prompt]] = None,
     action_format: ActionFormat = "auto",
     policy: SamplingPolicy | float | None = None,
+    effort: Effort | None = None,
     trace: TraceWriter | str | Path | None = None,
     pre_model_hook: Runnable[Any, Any] | Callable[..., Any] | None = None,
     state_schema: type[Any] = CentroidState,
@@ -237,6 +247,8 @@ def create_centroid_agent(
         action_format: ``native`` tool calls; ``json``: actions as JSON in the content, where their tokens are measured;
             ``auto``: ``json`` where the provider's tool calls carry no log-probabilities.
         policy: Timeouts, first k, hedging, retries and limits of a step; a number is the timeout of a call in seconds.
+        effort: Decides, up to ``n``, how many candidates each step draws: ``Agree()``, ``Escalate(...)``, ``ByRisk()``,
+            ``Prime()``, or a function; None draws all at once.
         trace: Records every step; see ``CentroidScorerNode``.
         pre_model_hook: A node before ``sample`` at every step. It may return ``llm_input_messages``, which the model
             receives in place of ``messages``, or update any other key.
@@ -274,6 +286,7 @@ def create_centroid_agent(
         system_prompt=system_prompt,
         action_format=action_format,
         policy=policy,
+        effort=effort,
     )
     graph = StateGraph[Any, Any, Any, Any](state_schema, context_schema)
     graph.add_node("sample", sampling).add_node("score", CentroidScorerNode(selector, trace=trace, author=name))

@@ -94,6 +94,8 @@ def pack_candidates(drawn: CandidateSet) -> dict[str, Any]:
         "format": FORMAT,
         "failures": {str(i): describe_failure(failure) for i, failure in drawn.failures.items()},
         "spent": dict(drawn.spent),
+        "waves": list(drawn.waves),
+        "stopped": drawn.stopped,
         "packed": packed(rows, lengths, *planes([found or b"" for found in signals])),
     }
 
@@ -125,4 +127,6 @@ def unpack_candidates(state: Mapping[str, Any] | None) -> CandidateSet:
             messages={c.index: message for c, message in zip(candidates, messages, strict=True)},
             failures={int(i): FailedCall(text) for i, text in state.get("failures", {}).items()},
             spent=state.get("spent", {}),
+            waves=state.get("waves", ()),
+            stopped=state.get("stopped", ""),
         )

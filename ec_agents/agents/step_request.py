@@ -326,8 +326,9 @@ class StepRequest:
         model, options = variants[0]
         try:
             with sampling_span(model.bind(**options), self._n) as report, one_step():
-                limits = {"n": self._n, "policy": self._policy, "effort": effort}
-                found = await sample(call, **limits, parse=parse, on_result=on_result)
+                found = await sample(
+                    call, n=self._n, policy=self._policy, effort=effort, parse=parse, on_result=on_result
+                )
                 report(found)
         except SamplingError as error:
             first = next(iter(error.failures.values()))
