@@ -18,6 +18,7 @@ from langchain_core.runnables import RunnableBinding, RunnableConfig
 from ec_agents.agents.quiet_model import logprobs_settings, one_step, silent_model
 from ec_agents.agents.step import Write, describe_failure, outline, total_usage
 from ec_agents.agents.telemetry import sampling_span
+from ec_agents.budget import calls_of
 from ec_agents.candidates import Candidate, CandidateSet
 from ec_agents.effort import Effort, StepView, effort_for
 from ec_agents.errors import ActionError, ConfigError, LogprobsMissing, SamplingError, UnsupportedLogprobs
@@ -325,7 +326,7 @@ class StepRequest:
 
         model, options = variants[0]
         try:
-            with sampling_span(model.bind(**options), self._n) as report, one_step():
+            with sampling_span(model.bind(**options), self._n) as report, one_step(), calls_of(_name(model, options)):
                 found = await sample(
                     call, n=self._n, policy=self._policy, effort=effort, parse=parse, on_result=on_result
                 )
@@ -371,6 +372,12 @@ class StepRequest:
 
     def _option(self, name: str) -> Any:
         return self._options.get(name, getattr(self._model.model, name, None))
+
+
+def _name(model: BaseChatModel, options: Options) -> str:
+    """Return the name of the model that is asked, as price tables have it."""
+    names = (options.get("model"), getattr(model, "model_name", None), getattr(model, "model", None))
+    return next((name for name in names if isinstance(name, str)), type(model).__name__)
 
 
 def calling(messages: Sequence[BaseMessage], config: RunnableConfig) -> Ask:

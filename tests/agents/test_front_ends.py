@@ -21,10 +21,12 @@ from pydantic import BaseModel
 from ec_agents.agents.chat_model import CentroidChatModel
 from ec_agents.agents.graph import create_centroid_agent
 from ec_agents.agents.middleware import EntropyCentroidMiddleware
+from ec_agents.budget import Budget
 from ec_agents.effort import Agree
 from ec_agents.embedded import EmbeddedChatModel
 from ec_agents.errors import (
     ActionError,
+    BudgetExceeded,
     ConfigError,
     LogprobsMissing,
     SamplingError,
@@ -473,3 +475,17 @@ def test_effort_is_checked(make: Any):
     """What is not an effort is refused before anything is sent."""
     with pytest.raises(ConfigError, match="effort must be Agree"):
         make(ScriptedChatModel(), (), n=8, effort="agree")
+
+
+@EVERYWHERE
+@WAYS
+async def test_budget(make: Any, way: str):
+    """A budget around an agent counts what its model counts, and ends it."""
+    model = ScriptedChatModel(replies=[Reply(content="3")] * 20)
+    with Budget(calls=5) as budget:
+        assert len(records(await run(make(model, (), n=3), way))[0]["scores"]) == 3
+        assert len(records(await run(make(model, (), n=3), way))[0]["scores"]) == 2
+        with pytest.raises(BudgetExceeded, match="5 of 5 calls"):
+            await run(make(model, (), n=3), way)
+    assert len(model.requests) == budget.spent.calls == 5
+    assert budget.spent.unpriced == {"ScriptedChatModel"}
