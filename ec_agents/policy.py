@@ -152,7 +152,7 @@ def as_policy(policy: SamplingPolicy | float | None) -> SamplingPolicy:
     Raises:
         ConfigError: It is something else, or the number is not above 0.
     """
-    found: object = policy
+    found = cast("object", policy)
     if isinstance(found, SamplingPolicy):
         return found
     if found is None:
@@ -244,8 +244,8 @@ def _is_temporary(failure: BaseException, status: int | None) -> bool:
     if status is None:
         return _lost_connection(failure)
     body: Any = getattr(failure, "body", None)
-    error: Any = body.get("error", body) if isinstance(body, dict) else None
-    fields: dict[str, Any] = error if isinstance(error, dict) else {}
+    error: Any = cast("Any", body).get("error", body) if isinstance(body, dict) else None
+    fields = cast("dict[str, Any]", error) if isinstance(error, dict) else {}
     codes = (*_attributes((failure,), "code", "type"), fields.get("code"), fields.get("type"))
     return (status in _RETRIED or status >= 500) and not any(
         isinstance(code, str) and code in _NO_CREDIT for code in codes

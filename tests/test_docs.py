@@ -15,8 +15,8 @@ PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 CODE = re.compile(r"^```python( no-run)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 OUTPUT = re.compile(r"^prints\n\n```text\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PUBLIC = ("ec_agents", *(f"ec_agents.{wing}" for wing in ("agents", "servers", "evaluation", "scoring")))
-PUBLIC += ("ec_agents.embedded", "ec_agents.testing")
+WINGS = ("agents", "servers", "evaluation", "scoring", "embedded", "testing")
+PUBLIC = ("ec_agents", *(f"ec_agents.{wing}" for wing in WINGS))
 
 
 def names(paths: list[Path]) -> list[str]:

@@ -32,7 +32,8 @@ def peak(position: int, length: int = 20) -> TokenSignals:
 
 def peaked(index: int, position: int | None = 5, **fields: Any) -> Candidate:
     """A candidate whose only high-entropy phase is at ``position``; None: without signals."""
-    return candidate(index, **{"signals": None if position is None else peak(position), **fields})
+    given: dict[str, Any] = {"signals": None if position is None else peak(position), **fields}
+    return candidate(index, **given)
 
 
 class Fixed:

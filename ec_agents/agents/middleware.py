@@ -20,6 +20,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, ToolMessage, message_to_dict, messages_from_dict
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config
+from langchain_core.tools import BaseTool
 from langgraph.func import task
 from langgraph.types import Command
 
@@ -107,7 +108,8 @@ class _Step:
     @property
     def view(self) -> StepView:
         """What an effort may know."""
-        return step_view(self.request.messages, self.tools)
+        named = {tool.name: tool for tool in self.request.tools if isinstance(tool, BaseTool)}
+        return step_view(self.request.messages, named)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -367,7 +369,8 @@ def _action_problem(response: Response, candidate: Candidate, step: _Step) -> st
     """Explain what is wrong with the tool calls, or with the structured output."""
     if isinstance(response.structured_response, Mapping):
         named = [call["name"] for call in candidate.tool_calls if call["name"] in step.outputs.names]
-        written = [{"name": n, "args": response.structured_response} for n in named or step.outputs.names]
+        given = cast("Any", response.structured_response)
+        written = [{"name": n, "args": given} for n in named or step.outputs.names]
         return step.outputs.problem(replace(candidate, tool_calls=written[:1]))
     if response.structured_response is not None:
         return None

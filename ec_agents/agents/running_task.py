@@ -74,7 +74,12 @@ def refuse_other_candidates(place: Place, checkpoint: CheckpointTuple | None) ->
     if not any(channel == "__interrupt__" for channel, _ in writes):
         return
     before = next(
-        (len(value) if isinstance(value, list) else 1 for channel, value in writes if channel == "__resume__"), 0
+        (
+            len(cast("list[Any]", value)) if isinstance(value, list) else 1
+            for channel, value in writes
+            if channel == "__resume__"
+        ),
+        0,
     )
     if place.answers > place.asked or place.answers == before:
         raise ConfigError(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,4 +163,5 @@ def _subset_scores(step: _Step, model: Learned, masks: NDArray[np.bool_]) -> Flo
 def _choices(step: _Step, scores: Floats, masks: NDArray[np.bool_]) -> NDArray[np.int64]:
     """The candidate that each subset chooses, ``(S,)``: the best score, otherwise the first in order."""
     first = np.where(masks, step.rank, len(step.rank)).argmin(axis=1)
-    return np.where(np.isfinite(scores).any(axis=1), scores.argmax(axis=1), first)
+    best = cast("NDArray[np.int64]", scores.argmax(axis=1))
+    return cast("NDArray[np.int64]", np.where(np.isfinite(scores).any(axis=1), best, first))

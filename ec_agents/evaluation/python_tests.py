@@ -53,7 +53,7 @@ def program(task: EvalTask, text: str) -> str:
         head = stub[: max(0, stub.find("def "))] if f"def {name}" in source else stub
         return f"{head}\n{source}\n{info['test']}\ncheck({name})\n"
     if isinstance(info.get("test_list"), list):
-        setup = info.get("test_imports") or info.get("test_setup_code") or []
+        setup: Any = info.get("test_imports") or info.get("test_setup_code") or []
         before = [setup] if isinstance(setup, str) else cast("list[str]", setup)
         return "\n".join([*map(str, before), source, *map(str, cast("list[Any]", info["test_list"]))]) + "\n"
     raise ConfigError(

@@ -24,7 +24,11 @@ def main() -> None:
     child = os.fork() if hasattr(os, "fork") else 0
     if child:
         os.close(report)
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+
+        def kill(number: int, frame: object) -> None:  # noqa: ARG001 - the signature of a handler
+            os.kill(child, signal.SIGKILL)
+
+        signal.signal(signal.SIGALRM, kill)
         signal.setitimer(signal.ITIMER_REAL, order["seconds"])
         os.waitpid(child, 0)
         return

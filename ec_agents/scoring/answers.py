@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from functools import lru_cache, partial
+from typing import Any, cast
 
 from ec_agents.candidates import Candidate
 from ec_agents.scoring.base import Scorer
@@ -90,8 +91,8 @@ def code(text: str) -> str | None:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return " ".join(source.split()) or None
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and _is_text(body[0]):
+        body: Any = getattr(node, "body", None)
+        if isinstance(body, list) and body and _is_text(cast("list[Any]", body)[0]):
             node.body = body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
     return ast.unparse(tree) or None
 

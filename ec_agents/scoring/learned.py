@@ -176,7 +176,7 @@ class Learned:
         rows = np.concatenate(centred)
         spread = np.sqrt(np.mean(rows**2, axis=0))
         spread = np.where(spread > 1e-9, spread, np.inf)
-        names = dict.fromkeys(FEATURES)
+        names: list[str] = list(FEATURES)
         pairs = [_pairs(step / spread, one.right) for step, one in zip(centred, mixed, strict=True)]
         weights = _fitted(np.concatenate(pairs), np.concatenate([np.full(len(p), 1 / len(p)) for p in pairs]))
         values = (weights, np.where(np.isfinite(spread), spread, 0.0), (rows / spread).min(0), (rows / spread).max(0))
@@ -303,7 +303,7 @@ def _pairs(rows: Floats, right: NDArray[np.bool_]) -> Floats:
 def _fitted(pairs: Floats, weights: Floats) -> Floats:
     """The weights with the least penalised loss, ``(F,)``; every step counts as one pair."""
     try:
-        from scipy.optimize import minimize  # noqa: PLC0415 - an optional extra
+        from scipy import optimize  # noqa: PLC0415 - an optional extra
     except ImportError as error:
         raise ImportError(
             f"fitting a selector needs the extra 'eval' ({error}): pip install 'ec-agents[eval]'"
@@ -315,7 +315,7 @@ def _fitted(pairs: Floats, weights: Floats) -> Floats:
         value = float(weights @ np.logaddexp(0, -margins)) + SHRINKAGE / 2 * float(beta @ beta)
         return value, pairs.T @ slope + SHRINKAGE * beta
 
-    found = cast("Any", minimize)(loss, np.zeros(pairs.shape[1]), jac=True, method="L-BFGS-B")
+    found = cast("Any", optimize).minimize(loss, np.zeros(pairs.shape[1]), jac=True, method="L-BFGS-B")
     return np.asarray(found.x, dtype=np.float64)
 
 

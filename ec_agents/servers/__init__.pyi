@@ -1,4 +1,3 @@
-from ec_agents.servers.fast_logprobs import fast_logprobs as fast_logprobs
 from ec_agents.servers.json_actions import (
     ActionFormat as ActionFormat,
     JsonActions as JsonActions,

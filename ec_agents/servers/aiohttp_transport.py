@@ -6,7 +6,7 @@ import sys
 from collections.abc import AsyncGenerator, Generator, Iterable
 from contextlib import contextmanager, suppress
 from contextvars import Context
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
@@ -57,7 +57,7 @@ class AiohttpTransport:
     """
 
     def __init__(self, pool: Any) -> None:
-        set_to: dict[str, Any] = vars(pool)  # nothing public has the settings
+        set_to = cast("dict[str, Any]", vars(pool))  # nothing public has the settings
         proxy = set_to.get("_proxy_url")
         self._proxy = None if proxy is None else bytes(proxy).decode()
         self._proxy_headers: dict[str, str] = {
@@ -79,7 +79,7 @@ class AiohttpTransport:
     @staticmethod
     def takes_over(pool: Any) -> bool:
         """Whether aiohttp can do what the pool is set to do."""
-        set_to: dict[str, Any] = vars(pool)
+        set_to = cast("dict[str, Any]", vars(pool))
         proxy = set_to.get("_proxy_url")
         return bool(
             type(pool).__name__ in ("AsyncConnectionPool", "AsyncHTTPProxy")

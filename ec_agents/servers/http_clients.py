@@ -17,7 +17,7 @@ from contextlib import aclosing
 from contextvars import Context
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import openai
 
@@ -358,7 +358,11 @@ def _copied(client: Any, replaced: Callable[[Any], Any]) -> Any:
     """An httpx client with everything that is set on another one, and other transports."""
     # The classes of the SDK and of langchain-openai close the client when it is garbage, in a task that nobody awaits.
     own = type(client).__module__.partition(".")[0] in ("openai", "langchain_openai")
-    kind: Any = (httpx.AsyncClient if isinstance(client, httpx.AsyncClient) else httpx.Client) if own else type(client)
+    kind: Any = (
+        (httpx.AsyncClient if isinstance(client, httpx.AsyncClient) else httpx.Client)
+        if own
+        else cast("Any", type(client))
+    )
     made: Any = object.__new__(kind)
     made.__dict__.update(vars(client))
     made._transport = replaced(client._transport)  # noqa: SLF001 - httpx has no public way to these

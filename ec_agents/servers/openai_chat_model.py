@@ -133,7 +133,7 @@ class OpenAIChatModel(OneChunkModel):
     def _known_arguments(cls, given: Any) -> Any:
         """Refuse misspelt arguments: without a ``base_url``, the prompt would go to the default host."""
         known = {name for key, field in cls.model_fields.items() for name in (key, field.alias) if name}
-        names: list[str] = list(given) if isinstance(given, dict) else []
+        names: list[str] = list(cast("dict[str, Any]", given)) if isinstance(given, dict) else []
         for name in names:
             if name not in known:
                 near = get_close_matches(name, known, n=1)

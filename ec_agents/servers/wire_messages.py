@@ -95,9 +95,14 @@ def _additional(message: Json) -> dict[str, Any]:
 def _read_call(call: dict[str, Any]) -> Any:
     """A tool call; an invalid one where its arguments are not a JSON object. Without arguments it has none, ``{}``."""
     function: dict[str, Any] = {"arguments": None, **call["function"]}
-    arguments = function["arguments"]
+    arguments: Any = function["arguments"]
     if isinstance(arguments, dict):
-        return {"name": function["name"], "args": arguments, "id": call.get("id"), "type": "tool_call"}
+        return {
+            "name": function["name"],
+            "args": cast("dict[str, Any]", arguments),
+            "id": call.get("id"),
+            "type": "tool_call",
+        }
     try:
         parsed = parse_tool_call({**call, "function": function}, return_id=True)
         if parsed is not None and isinstance(parsed["args"], dict):

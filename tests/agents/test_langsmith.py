@@ -84,7 +84,7 @@ def langsmith() -> Iterator[LangSmith]:
 def logprobs(value: Any) -> int:
     """How many log-probabilities there are at any depth: under their name, or as floats in a list."""
     if isinstance(value, dict):
-        return ("logprob" in value) + sum(map(logprobs, value.values()))
+        return ("logprob" in value) + sum(logprobs(found) for name, found in value.items() if name != "scores")
     if isinstance(value, list):
         return sum(isinstance(item, float) or logprobs(item) for item in value)
     return 0

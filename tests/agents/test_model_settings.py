@@ -8,6 +8,7 @@ from langchain.agents import create_agent
 from langchain.chat_models import init_chat_model
 from langchain_core.runnables import ConfigurableField
 from langchain_openai import ChatOpenAI
+from pydantic import SecretStr
 
 from ec_agents import CentroidChatModel, EntropyCentroidMiddleware, create_centroid_agent, fast_logprobs
 from ec_agents.errors import ConfigError
@@ -32,7 +33,7 @@ EVERYWHERE = pytest.mark.parametrize("make", [graph, middleware, chat_model])
 
 
 def chat(server: FaultServer, **options: Any) -> ChatOpenAI:
-    return ChatOpenAI(model="any", base_url=server.base_url, api_key="k", max_retries=0, **options)
+    return ChatOpenAI(model="any", base_url=server.base_url, api_key=SecretStr("k"), max_retries=0, **options)
 
 
 @EVERYWHERE

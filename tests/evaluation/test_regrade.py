@@ -39,13 +39,14 @@ def silent() -> Any:
 
 
 def run_in(out: Path, make: Callable[..., Any] = factory, tasks: Sequence[EvalTask] = TASKS, **changes: Any) -> EvalRun:
+    given: dict[str, Any] = {"check": check_number, **changes}
     return EvalRun(
         settings=EvalSettings(tasks="file", agent="mine", n=3),
         tasks=tasks,
         factory=make,
         out=out,
         selectors={"majority": as_selector("majority")},
-        **{"check": check_number, **changes},
+        **given,
     )
 
 
@@ -68,12 +69,12 @@ async def test_another_checker(tmp_path: Path):
 
 
 async def test_an_edited_checker_is_another(tmp_path: Path):
-    def check(task: EvalTask, text: str, calls: ToolCalls) -> bool:
+    def check(task: EvalTask, text: str, calls: ToolCalls) -> bool:  # pyright: ignore[reportRedeclaration]
         return "4" in text
 
     await run_in(tmp_path, check=check).run()
 
-    def check(task: EvalTask, text: str, calls: ToolCalls) -> bool:  # type: ignore[no-redef]
+    def check(task: EvalTask, text: str, calls: ToolCalls) -> bool:
         return "5" in text
 
     with pytest.raises(ConfigError, match="the checker: .*check"):

@@ -17,5 +17,5 @@ def signals(entropies: ArrayLike, n_alternatives: int = 20, *, confidences: Arra
 
 def candidate(index: int, entropies: ArrayLike | None = None, **fields: Any) -> Candidate:
     """A candidate with a text and these entropies, or without signals."""
-    given: dict[str, Any] = {"signals": None if entropies is None else signals(entropies), **fields}
-    return Candidate(index=index, **{"content": f"answer {index}", **given})
+    own: dict[str, Any] = {"content": f"answer {index}", "signals": None if entropies is None else signals(entropies)}
+    return Candidate(index=index, **{**own, **fields})

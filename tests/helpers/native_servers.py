@@ -30,7 +30,7 @@ class NativeServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: NativeServer
+    server: NativeServer  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def do_POST(self) -> None:
         asked: Json = json.loads(self.rfile.read(int(self.headers["content-length"])))

@@ -92,7 +92,7 @@ async def answers(model: Any, **options: Any) -> list[Any]:
 def is_measured(messages: list[Any]) -> bool:
     """Whether every candidate of every step was measured."""
     steps = [message.response_metadata["ec_agents"] for message in messages if message.type == "ai"]
-    return len(steps) == 2 and all(len(step["n_tokens"]) == 3 and not step["flaws"] for step in steps)
+    return len(steps) == 2 and all(len(step["n_tokens"]) == 3 and not any(step["flaws"]) for step in steps)
 
 
 @pytest.mark.parametrize("name", MEASURED)

@@ -215,8 +215,9 @@ def signals(n: int = 30, k: int = 20, entropy: float = 0.5, logprob: float = -0.
 
 def response(index: int = 0, *, call: bool = False, measured: Any = None, tokens: int = 30, **fields: Any) -> Candidate:
     """What came back from a provider: an answer or a tool call, with or without signals."""
-    shown = {"content": "", "tool_calls": [{"name": "add", "args": {"a": index}}]} if call else {}
-    return candidate(index, **{"signals": measured, "usage": {"output_tokens": tokens}, **shown, **fields})
+    shown: dict[str, Any] = {"content": "", "tool_calls": [{"name": "add", "args": {"a": index}}]} if call else {}
+    given: dict[str, Any] = {"signals": measured, "usage": {"output_tokens": tokens}, **shown, **fields}
+    return candidate(index, **given)
 
 
 def test_sound_responses_have_no_problems():
