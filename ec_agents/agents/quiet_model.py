@@ -255,7 +255,7 @@ def _in_thread(generate: Callable[..., ChatResult]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> ChatResult:
         manager = None if run_manager is None else run_manager.get_sync()
-        return await in_thread(partial(generate, self, messages, stop, manager, **kwargs))
+        return await in_thread(partial(generate, self, messages, stop=stop, run_manager=manager, **kwargs))
 
     return agenerate
 

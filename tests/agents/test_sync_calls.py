@@ -18,6 +18,7 @@ from langchain.agents import create_agent
 from langchain.agents.middleware import AgentMiddleware, ModelRetryMiddleware
 from langchain_core.language_models import BaseChatModel, GenericFakeChatModel
 from langchain_core.messages import AIMessage
+from langchain_core.outputs import ChatGeneration, ChatResult
 from langgraph.checkpoint.memory import InMemorySaver
 
 from ec_agents.agents.middleware import EntropyCentroidMiddleware
@@ -128,6 +129,24 @@ class Overridden(ScriptedChatModel):
         result = super()._generate(*args, **kwargs)
         result.generations[0].message.content += ", overridden"
         return result
+
+
+class WithoutManager(BaseChatModel):
+    """A synchronous model that takes no run manager."""
+
+    @property
+    def _llm_type(self) -> str:
+        return "without-manager"
+
+    def _generate(self, messages: Any, stop: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        return ChatResult(generations=[ChatGeneration(message=Reply(content="fine").message())])
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_a_synchronous_model_needs_no_run_manager(way: str):
+    agent = agent_of(WithoutManager(), n=2, tools=())
+    state = agent.invoke(ASK, THREAD) if way == "invoke" else await agent.ainvoke(ASK, THREAD)
+    assert record(state["messages"][-1])["failures"] == [None, None]
 
 
 @pytest.mark.parametrize("kind", [Synchronous, OnlySynchronous])
