@@ -87,7 +87,7 @@ def token_signals(choice: Json | None, *, top_k: int | None = None, part: Part =
     """
     payload = _payload(choice)
     reasoning: Any = _reasoning(choice, payload)
-    content = payload.get("content") or payload.get("refusal")
+    content: Any = payload.get("content") or payload.get("refusal")
     if not content and (packed := _unpacked(payload)):
         return _part(packed, _n_reasoning(payload), part)
     if not content and payload.get("token_logprobs"):
