@@ -16,8 +16,9 @@ Example:
 
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import NoneType
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import msgspec
 import numpy as np
@@ -28,6 +29,8 @@ from ec_agents.entropy import MASKED, entropies_and_mass, keep_largest
 from ec_agents.errors import LogprobsMalformed, LogprobsMissing, StateError
 
 Json = Mapping[str, Any]
+Part = Literal["all", "answer", "reasoning"]
+"""Which tokens of a response to measure, where a server reports those of reasoning in a field of their own."""
 Floats = NDArray[np.float64]
 
 HIGHEST_LOGPROB = 0.1
@@ -41,7 +44,7 @@ _USUAL_WIDTH = 64
 
 _CHOICE_KEYS = frozenset(("logprobs", "message", "text"))
 _PACKED_KEYS = frozenset(("packed", "missing", "malformed"))
-_LOGPROBS_KEYS = frozenset(("content", "refusal", "token_logprobs")) | _PACKED_KEYS
+_LOGPROBS_KEYS = frozenset(("content", "refusal", "reasoning_content", "token_logprobs")) | _PACKED_KEYS
 _ASK = "ask for logprobs=True and top_logprobs=20"
 _TOOL_CALLS = (
     "OpenAI, Azure and some local servers return none for tool calls: serve the model with vLLM, SGLang or "
@@ -60,13 +63,14 @@ class Read(NamedTuple):
     """Log-probabilities of the alternatives, token after token, ``sum(sizes)``."""
 
 
-def token_signals(choice: Json | None, *, top_k: int | None = None) -> TokenSignals:
+def token_signals(choice: Json | None, *, top_k: int | None = None, part: Part = "all") -> TokenSignals:
     """What one response says about its tokens: entropies, log-probabilities and confidences.
 
     Alternatives may come in any order, any number and without the drawn token; null, NaN and -9999.0 or less count as
     absent. Tokens without any alternative are missing (NaN) in ``entropies`` and ``confidences``. Reasoning and
     tool-call tokens count like all others wherever the server reports them. If there is no content, the tokens of a
-    refusal are read.
+    refusal are read. Reasoning in a field of its own (DeepSeek's ``logprobs.reasoning_content``, Cerebras's
+    ``reasoning_logprobs``) comes before the answer, as other servers report it.
 
     Source: H = -Σ q ln q (arXiv 2604.26173) and C = -(1/K) Σ ln p (DeepConf, arXiv 2508.15260), both over the
     alternatives that are present.
@@ -74,26 +78,65 @@ def token_signals(choice: Json | None, *, top_k: int | None = None) -> TokenSign
     Args:
         choice: One choice of a saved response, or its ``logprobs``.
         top_k: How many of the alternatives to use; None = all. The packed form has kept none to choose from.
+        part: ``answer`` leaves out reasoning that has a field of its own, and ``reasoning`` everything else.
 
     Raises:
-        LogprobsMissing: There are no log-probabilities, or none of alternatives.
+        LogprobsMissing: There are no log-probabilities, or none of alternatives, or none of this part.
         LogprobsMalformed: They are not in the documented form; the message names the position.
         ConfigError: ``top_k`` is below 1.
     """
     payload = _payload(choice)
-    content = payload.get("content") or payload.get("refusal")
+    reasoning: Any = _reasoning(choice, payload)
+    content: Any = payload.get("content") or payload.get("refusal")
     if not content and (packed := _unpacked(payload)):
-        return packed
+        return _part(packed, _n_reasoning(payload), part)
     if not content and payload.get("token_logprobs"):
         read = _read_legacy(payload)
-    elif not content:
+    elif not content and not reasoning:
         raise LogprobsMissing(_nothing_found(choice, f"logprobs holds no tokens, only {outline(payload)}"))
-    elif not is_list(content):
+    elif not is_list(content or []):
         raise LogprobsMalformed(f"logprobs.content must be a list of tokens; found {outline(content)}")
     else:
+        content = [*reasoning, *(content or ())] if reasoning else content
         content = content if is_mapping(content[0]) else [dumped(entry) for entry in content]  # objects of an SDK
         read = _read_content(content)
-    return signals_of(read, lambda: content if is_list(content) else (), top_k)
+    return _part(signals_of(read, lambda: content if is_list(content) else (), top_k), len(reasoning), part)
+
+
+def n_reasoning_tokens(choice: Json) -> int:
+    """Number of tokens of reasoning that a choice reports in a field of their own."""
+    payload: Any = choice.get("logprobs")
+    return len(_reasoning(choice, payload if is_mapping(payload) else {}))
+
+
+def _reasoning(choice: Any, payload: Json) -> Sequence[Any]:
+    """The tokens of reasoning in a field of their own."""
+    beside: Any = choice.get("reasoning_logprobs") if is_mapping(choice) else None
+    tokens: Any = payload.get("reasoning_content") or (beside.get("content") if is_mapping(beside) else beside)
+    if tokens and not is_list(tokens):
+        raise LogprobsMalformed(f"log-probabilities of reasoning must be a list of tokens; found {outline(tokens)}")
+    return tokens or ()
+
+
+def _n_reasoning(packed: Json) -> int:
+    count: Any = packed.get("n_reasoning", 0)
+    return count if is_count(count) else 0
+
+
+def _part(signals: TokenSignals, n_reasoning: int, part: Part) -> TokenSignals:
+    """The signals of one part of a response whose first tokens are reasoning."""
+    if part == "all" or (part == "answer" and not n_reasoning):
+        return signals
+    tokens = slice(n_reasoning, None) if part == "answer" else slice(n_reasoning)
+    kept = replace(
+        signals,
+        entropies=signals.entropies[tokens],
+        logprobs=signals.logprobs[tokens],
+        confidences=signals.confidences[tokens],
+    )
+    if not kept.n_tokens:
+        raise LogprobsMissing(f"none of the {signals.n_tokens} tokens belongs to the {part}")
+    return kept
 
 
 def signals_of(read: Read, entries: Callable[[], Sequence[Any]], top_k: int | None = None) -> TokenSignals:
@@ -125,11 +168,12 @@ def signals_of(read: Read, entries: Callable[[], Sequence[Any]], top_k: int | No
     )
 
 
-def pack_logprobs(measure: Callable[[], TokenSignals]) -> dict[str, Any]:
+def pack_logprobs(measure: Callable[[], TokenSignals], n_reasoning: int = 0) -> dict[str, Any]:
     """The packed form of the log-probabilities of a choice, which JSON can hold; ``token_signals`` reads it.
 
     Args:
         measure: Gives the signals. Where it raises a ``LogprobsError``, the form says why.
+        n_reasoning: How many of the first tokens are reasoning that the server reported separately.
 
     Example:
         >>> token_signals(pack_logprobs(lambda: token_signals(None)))
@@ -142,8 +186,9 @@ def pack_logprobs(measure: Callable[[], TokenSignals]) -> dict[str, Any]:
         return {"missing": str(error)}
     except LogprobsMalformed as error:
         return {"malformed": str(error)}
-    excess = {"excess": signals.excess} if signals.excess else {}
-    return {"packed": b64encode(signals.to_bytes()).decode(), "n_alternatives": signals.n_alternatives, **excess}
+    more: dict[str, Any] = {"excess": signals.excess} if signals.excess else {}
+    more |= {"n_reasoning": n_reasoning} if n_reasoning else {}
+    return {"packed": b64encode(signals.to_bytes()).decode(), "n_alternatives": signals.n_alternatives, **more}
 
 
 def is_packed(logprobs: Any) -> bool:
@@ -184,6 +229,8 @@ def _payload(choice: Any) -> Json:
     if is_mapping(choice) and (_CHOICE_KEYS & choice.keys() or not _LOGPROBS_KEYS & choice.keys()):
         payload = choice.get("logprobs")
     payload = payload if is_mapping(payload) else dumped(payload)
+    if payload is None and is_mapping(choice) and choice.get("reasoning_logprobs"):
+        return {}
     if payload is None:
         raise LogprobsMissing(_nothing_found(choice, "logprobs is null or absent"))
     if is_list(payload):

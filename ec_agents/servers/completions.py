@@ -8,6 +8,7 @@ is always what ``token_signals`` makes of the same body.
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, cast, overload
 
@@ -15,7 +16,7 @@ import msgspec
 from msgspec import UNSET, Raw, Struct
 
 from ec_agents.errors import LogprobsMalformed, ResponseTooLarge, ServerError
-from ec_agents.logprobs import Read, pack_logprobs, signals_of, token_signals
+from ec_agents.logprobs import Read, n_reasoning_tokens, pack_logprobs, signals_of, token_signals
 from ec_agents.responses import server_error
 
 Json = Mapping[str, Any]
@@ -33,14 +34,17 @@ class _Token(Struct, gc=False):
 class _Logprobs(Struct, gc=False):
     content: list[_Token] | None = None
     refusal: list[_Token] | None = None
+    reasoning_content: list[_Token] | None = None
     packed: str | None = None
     n_alternatives: int = 0
     excess: float = 0.0
+    n_reasoning: int = 0
 
 
 class _Choice(Struct):
     message: dict[str, Any]
     logprobs: _Logprobs | None = None
+    reasoning_logprobs: _Logprobs | None = None
     index: Any = None
     finish_reason: Any = None
     error: Any = None
@@ -70,10 +74,12 @@ class _Several(_Head, kw_only=True):
 class _RawLogprobs(Struct):
     content: list[Raw] | None = None
     refusal: list[Raw] | None = None
+    reasoning_content: list[Raw] | None = None
 
 
 class _RawChoice(Struct):
     logprobs: _RawLogprobs | None = None
+    reasoning_logprobs: _RawLogprobs | None = None
 
 
 class _RawResponse(Struct):
@@ -291,10 +297,10 @@ def _joined(parts: Sequence[Read]) -> Read:
 
 
 def _raw_tokens(slices: Sequence[bytes], choice: _RawChoice) -> list[Raw]:
-    logprobs = choice.logprobs or _RawLogprobs()
+    logprobs, beside = choice.logprobs or _RawLogprobs(), choice.reasoning_logprobs or _RawLogprobs()
     last = logprobs.content or logprobs.refusal or []
     before = [token for tokens in slices for token in _RAW_SLICE_DECODER.decode(tokens)]
-    return [*before, *last[bool(slices) :]]
+    return [*(logprobs.reasoning_content or beside.content or ()), *before, *last[bool(slices) :]]
 
 
 # One choice
@@ -331,21 +337,33 @@ def _slim(choice: _Choice, raw: Callable[[], _RawChoice], slices: Sequence[bytes
     fields = {"index": choice.index, "message": choice.message, "finish_reason": choice.finish_reason}
     if choice.error:
         fields["error"] = choice.error
-    if choice.logprobs is None and not slices:
+    reasoning = _reasoning(choice)
+    if choice.logprobs is None and not slices and not reasoning:
         return {**fields, "logprobs": pack_logprobs(lambda: token_signals({**fields, "logprobs": None}))}
     tokens = None if choice.logprobs is None else choice.logprobs.content or choice.logprobs.refusal
     if choice.logprobs is not None and not tokens and choice.logprobs.packed:
         return {**fields, "logprobs": _packed_before(choice.logprobs)}
-    if not tokens or (slices and tokens[0].logprob != _NO_LOGPROB):
+    if not (tokens or reasoning) or (slices and (not tokens or tokens[0].logprob != _NO_LOGPROB)):
         raise msgspec.DecodeError("no tokens")
-    read = _joined([*map(_read_slice, slices), _read(tokens[1:])]) if slices else _read(tokens)
-    return {**fields, "logprobs": pack_logprobs(lambda: signals_of(read, lambda: _Entries(_raw_tokens(slices, raw()))))}
+    tokens = tokens or []
+    before = [_read(reasoning)] if reasoning else []
+    before += map(_read_slice, slices)
+    read = _joined([*before, _read(tokens[bool(slices) :])]) if before else _read(tokens)
+    signals = partial(signals_of, read, lambda: _Entries(_raw_tokens(slices, raw())))
+    return {**fields, "logprobs": pack_logprobs(signals, len(reasoning))}
+
+
+def _reasoning(choice: _Choice) -> list[_Token]:
+    """The tokens of reasoning that the server reports in a field of their own."""
+    inside = choice.logprobs and choice.logprobs.reasoning_content
+    return inside or (choice.reasoning_logprobs and choice.reasoning_logprobs.content) or []
 
 
 def _packed_before(logprobs: _Logprobs) -> dict[str, Any]:
     """The form that ``pack_logprobs`` gave it, when the choice arrived."""
-    excess = {"excess": logprobs.excess} if logprobs.excess else {}
-    return {"packed": logprobs.packed, "n_alternatives": logprobs.n_alternatives, **excess}
+    more: dict[str, Any] = {"excess": logprobs.excess} if logprobs.excess else {}
+    more |= {"n_reasoning": logprobs.n_reasoning} if logprobs.n_reasoning else {}
+    return {"packed": logprobs.packed, "n_alternatives": logprobs.n_alternatives, **more}
 
 
 def _read(tokens: list[_Token]) -> Read:
@@ -386,7 +404,14 @@ def _slim_carefully(choice: dict[str, Any]) -> dict[str, Any]:
         "finish_reason": choice.get("finish_reason"),
         **({"error": choice["error"]} if choice.get("error") else {}),
     }
-    return {**fields, "logprobs": pack_logprobs(lambda: token_signals(choice))}
+    return {**fields, "logprobs": pack_logprobs(lambda: token_signals(choice), _n_reasoning(choice))}
+
+
+def _n_reasoning(choice: dict[str, Any]) -> int:
+    try:
+        return n_reasoning_tokens(choice)
+    except LogprobsMalformed:
+        return 0
 
 
 def _is_choice(choice: Any) -> bool:

@@ -26,6 +26,7 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
 from ec_agents.errors import ConfigError
+from ec_agents.logprobs import pack_logprobs, token_signals
 from ec_agents.servers.http_clients import MAX_BODY_BYTES, ResponseLimits, async_http_client, http_client
 from ec_agents.servers.model_classes import OneChunkModel
 from ec_agents.servers.per_loop import PerLoop
@@ -109,6 +110,12 @@ class OpenAIChatModel(OneChunkModel):
     send_reasoning: bool | None = None
     """Whether the reasoning of earlier answers is sent back; by default where the provider table says that the server
     needs it in a tool loop (DeepSeek)."""
+    reasoning_logprobs: Literal["joined", "apart"] = "joined"
+    """Where to put log-probabilities of reasoning that the server reports in a field of their own (DeepSeek, Cerebras).
+
+    ``joined``: before those of the answer, as one response. ``apart``: in ``response_metadata["reasoning_logprobs"]``,
+    so that candidates are ranked by their answers.
+    """
     fan_out: Literal["auto", "requests", "n"] = "auto"
     """How several candidates are requested.
 
@@ -314,7 +321,7 @@ class OpenAIChatModel(OneChunkModel):
         payload = self._payload(messages, stop, kwargs)
         n = payload.pop("n", None) or 1
         try:
-            return _result(self._transport.answers_blocking(payload, n, n_max=self._n_max))
+            return self._result(self._transport.answers_blocking(payload, n, n_max=self._n_max))
         except Exception as error:
             hide_secrets(error, self)
             raise
@@ -330,16 +337,27 @@ class OpenAIChatModel(OneChunkModel):
         n = payload.pop("n", None) or 1
         try:
             if n == 1:
-                return _result([await self._transport.answer(payload, n_max=self._n_max)])
+                return self._result([await self._transport.answer(payload, n_max=self._n_max)])
             async with TaskGroup() as group:
                 tasks = [group.create_task(self._transport.answer(payload, n_max=self._n_max)) for _ in range(n)]
-            return _result([task.result() for task in tasks])
+            return self._result([task.result() for task in tasks])
         except BaseExceptionGroup as failures:
             hide_secrets(failures, self)
             raise failures.exceptions[0] from None
         except Exception as error:
             hide_secrets(error, self)
             raise
+
+    def _result(self, answers: Sequence[Answer]) -> ChatResult:
+        """The answers as LangChain's result, with the sum of their usages."""
+        messages = [choice_message(answer.choice, answer.response) for answer in answers]
+        metadata: list[dict[str, Any]] = [message.response_metadata for message in messages]
+        if self.reasoning_logprobs == "apart":
+            for fields in metadata:
+                fields.update(_apart(fields["logprobs"]))
+        usage = _sum(shares["token_usage"] or {} for shares in metadata)
+        output = {"token_usage": usage, "model_name": metadata[0]["model_name"], "model_provider": "openai"}
+        return ChatResult(generations=[_generation(message) for message in messages], llm_output=output)
 
     def _combine_llm_outputs(self, llm_outputs: list[dict[str, Any] | None]) -> dict[str, Any]:
         known = [output for output in llm_outputs if output]
@@ -457,21 +475,20 @@ def _n_max(fan_out: str, provider: str, model: str) -> int:
     return most if fan_out == "auto" or most > 1 else sys.maxsize
 
 
-def _result(answers: Sequence[Answer]) -> ChatResult:
-    """The answers as LangChain's result; what it says of the whole is the sum of their usages."""
-    messages = [choice_message(answer.choice, answer.response) for answer in answers]
-    metadata: list[dict[str, Any]] = [message.response_metadata for message in messages]
-    usage = _sum(shares["token_usage"] or {} for shares in metadata)
-    output = {"token_usage": usage, "model_name": metadata[0]["model_name"], "model_provider": "openai"}
-    return ChatResult(generations=[_generation(message) for message in messages], llm_output=output)
-
-
 def _sum(usages: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     total: dict[str, int] = {}
     for usage in usages:
         for name, count in usage.items():
             total |= {name: total.get(name, 0) + count} if isinstance(count, int) else {}
     return total
+
+
+def _apart(packed: dict[str, Any]) -> dict[str, Any]:
+    """Packed log-probabilities as those of the answer and, if the server reports them separately, of the reasoning."""
+    if not packed.get("n_reasoning"):
+        return {"logprobs": packed}
+    answer = pack_logprobs(lambda: token_signals(packed, part="answer"))
+    return {"logprobs": answer, "reasoning_logprobs": pack_logprobs(lambda: token_signals(packed, part="reasoning"))}
 
 
 def _generation(message: AIMessage) -> ChatGeneration:

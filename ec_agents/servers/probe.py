@@ -10,7 +10,7 @@ import openai
 from langchain_core.messages import AIMessage, HumanMessage, convert_to_openai_messages
 
 from ec_agents.candidates import Candidate
-from ec_agents.errors import ActionError, ConfigError, EcAgentsError
+from ec_agents.errors import ActionError, ConfigError, EcAgentsError, LogprobsMalformed
 from ec_agents.responses import response_candidates
 from ec_agents.servers.json_actions import JsonActions
 from ec_agents.servers.providers import Endpoint, Verdict, capabilities, provider_of, remember, verify
@@ -196,8 +196,8 @@ class _Probe:
         """Whether one request gives several candidates."""
         what = "several candidates in one request (n=2)"
         try:
-            found = len((await self._ask(_TALK, n=2)).get("choices") or [])
-        except openai.OpenAIError as error:
+            found = len(_candidates(await self._ask(_TALK, n=2)))
+        except (openai.OpenAIError, EcAgentsError, ValueError) as error:
             return _failed(what, error, "n", "")
         text = f"{found} came" if found == 2 else f"{found} came; one request each works all the same"
         return ProbeFinding(what=what, works=found == 2, found=text)
@@ -252,7 +252,10 @@ class _Probe:
             **{limit: _MAX_TOKENS},
             **options,
         )
-        return json.loads(raw.content)
+        response: Any = json.loads(raw.content)
+        if not isinstance(response, dict):
+            raise LogprobsMalformed(f"a chat completion must be a JSON object; found {response!r:.100}")
+        return cast("dict[str, Any]", response)
 
     def _verify(self, candidates: Sequence[Candidate], *, tools: bool) -> Verdict | None:
         verdict = verify(candidates, top_logprobs=self._k)

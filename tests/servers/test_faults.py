@@ -164,7 +164,7 @@ def check_among_sound_ones(name: str, n: int, outcome: Any) -> None:
 @pytest.mark.parametrize("run", [plain, graph])
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_step_on_which_every_call_meets_the_fault(name: str, run: Run):
-    outcome = steps(run, {2: [fault(name)]}, 0.4 if name in UNENDING else 30.0)[2]
+    outcome = steps(run, {2: [fault(name)]}, 2.0 if name in UNENDING else 30.0)[2]
     if name in FAILURES:
         assert isinstance(outcome, SamplingError)
         assert {type(failure) for failure in outcome.failures.values()} == {FAILURES[name]}
