@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -193,3 +194,51 @@ def test_an_existing_table_survives_a_file_that_cannot_be_read(tmp_path: Path):
     with pytest.raises(TraceError, match="cannot be read"):
         write_file(out, score_rows(tmp_path / "nowhere.jsonl"), DEFAULT_SCORERS)
     assert out.read_text() == "precious"
+
+
+VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    10**30,
+    1e308,
+    math.nan,
+    math.inf,
+    "",
+    "\x1b[31m",
+    "\ud800",
+    [],
+    {},
+    [None],
+    10**12,
+)
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every container in a JSON value, with each of its keys or indexes."""
+    keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+    return [(value, key) for key in keys] + [place for key in keys for place in places(value[key])]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_commands_on_edited_traces(tmp_path: Path, seed: int):
+    """A trace in which one value is replaced or removed is read, or refused in one line; never a traceback."""
+    drawn = response_candidates(response("!...", "..!.", "...!"))
+    path, random = tmp_path / "trace.jsonl", Random(seed)
+    with TraceWriter(path) as trace:
+        trace.write(Step(run="r", task="t", candidates=drawn, selection=Selector()(drawn), failures={3: "late"}))
+    commands = [["score", str(path)], ["report", str(path), "--out", str(tmp_path / "report.html")]]
+    assert [CliRunner().invoke(cli.app, command).exit_code for command in commands] == [0, 0]
+    whole = path.read_text(encoding="utf-8")
+    for _ in range(12):
+        record = json.loads(whole)
+        inside, key = random.choice(places(record))
+        if random.random() < 0.2:
+            del inside[key]
+        else:
+            inside[key] = random.choice(VALUES)
+        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        for command in commands:
+            error = CliRunner().invoke(cli.app, command).exception
+            assert error is None or isinstance(error, TraceError), (record, error)
+            assert "\n" not in str(error)
