@@ -77,7 +77,12 @@ class Standard:
         return "another"
 
 
-class TestUnit(Standard, ChatModelUnitTests): ...
+class TestUnit(Standard, ChatModelUnitTests):
+    @property
+    def standard_chat_model_params(self) -> dict[str, Any]:
+        """LangChain's, without the limits of a call, which belong in the policy."""
+        given = super().standard_chat_model_params
+        return {name: value for name, value in given.items() if name not in ("timeout", "max_retries")}
 
 
 class TestIntegration(Standard, ChatModelIntegrationTests): ...
