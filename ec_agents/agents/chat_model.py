@@ -111,6 +111,8 @@ class CentroidChatModel(OneChunkModel):
     """Sent with each call; None leaves it to the model."""
     stop: list[str] | None = None
     """Sent with each call; None leaves it to the model."""
+    streaming: bool = False
+    """Whether ``invoke`` streams inside, as with ``ChatOpenAI``; the answer arrives as one chunk either way."""
     trace_candidates: bool = False
     """Whether callbacks and tracers see the N calls, as children of this model's run. They then get the usage from
     those, and none from this model's run."""
