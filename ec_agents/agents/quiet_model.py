@@ -280,7 +280,6 @@ def _interruptible(generate: Callable[..., ChatResult], agenerate: Callable[...,
     def answer(self: Any, *args: Any, **kwargs: Any) -> ChatResult:
         if _ASKED.get() is self:
             raise _Synchronous
-        plain = partial(generate, self, messages, stop=stop, run_manager=run_manager, **kwargs)
         if not may_be_given_up() or synchronous or _has_synchronous_client_only(self):
             return generate(self, *args, **kwargs)
 
