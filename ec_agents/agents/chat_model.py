@@ -132,7 +132,8 @@ class CentroidChatModel(OneChunkModel):
             raise ConfigError(
                 f"{problem}Limits of calls belong in policy=SamplingPolicy(…), and other settings on the sampled model"
             )
-        super().__init__(**{"asked": model, **fields})
+        given: dict[str, Any] = {"asked": model, **fields}
+        super().__init__(**given)
         # Here rather than in pydantic's validators, which would turn ConfigError into their own ValidationError, and
         # cannot describe the protocols that a selector holds.
         self.selector = as_selector(self.selector)
@@ -237,20 +238,18 @@ class CentroidChatModel(OneChunkModel):
             raise ConfigError(f"with_structured_output() of {type(asked).__name__} does not bind the model itself")
         return found
 
-    def _instead(self, runnable: Any) -> tuple[Any, bool]:
+    def _instead(self, runnable: object) -> tuple[Any, bool]:
         """Return a chain with this model in place of the sampled one, and whether the chain had it."""
-        if isinstance(runnable, RunnableBinding):
-            binding = cast("RunnableBinding[Any, Any]", runnable)
-            if binding.bound is self._step.model:
-                return self.bind(**{**self._step.options, **binding.kwargs}), True
+        part: Any = runnable
+        if isinstance(runnable, RunnableBinding) and part.bound is self._step.model:
+            return self.bind(**{**self._step.options, **part.kwargs}), True
         if isinstance(runnable, RunnableSequence):
-            first, replaced = self._instead(cast("RunnableSequence[Any, Any]", runnable).first)
-            return runnable.model_copy(update={"first": first}), replaced
+            first, replaced = self._instead(part.first)
+            return part.model_copy(update={"first": first}), replaced
         if isinstance(runnable, RunnableParallel):
-            branches = cast("RunnableParallel[Any]", runnable).steps__
-            found = {name: self._instead(branch) for name, branch in branches.items()}
+            found = {name: self._instead(branch) for name, branch in part.steps__.items()}
             return RunnableParallel({name: one for name, (one, _) in found.items()}), any(r for _, r in found.values())
-        return runnable, False
+        return part, False
 
     @property
     def _llm_type(self) -> str:
@@ -359,7 +358,8 @@ class CentroidChatModel(OneChunkModel):
         if len(self._usages) > _REMEMBERED:
             self._usages.pop(next(iter(self._usages)), None)
         usage = None if self.trace_candidates else total_usage_metadata(drawn)
-        spent = usage and {ours: usage[name] for ours, name in _TOKEN_USAGE.items()}
+        counts = cast("dict[str, int] | None", usage)
+        spent = None if counts is None else {name: counts[ours] for name, ours in _TOKEN_USAGE.items()}
         metadata = _with_token_usage(message.response_metadata, spent)
         shown = message.model_copy(update={"usage_metadata": usage, "response_metadata": metadata})
         output = {"model_name": metadata.get("model_name", self.model_name), "token_usage": spent or {}}
