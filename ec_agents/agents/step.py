@@ -2,11 +2,13 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import reduce
+from typing import Any, cast
 from uuid import uuid4
 
 from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackManager, Callbacks
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.messages.ai import UsageMetadata, add_usage as add_usage_metadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, LLMResult
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config
@@ -196,6 +198,17 @@ def shortened(found: dict[str, Any]) -> dict[str, Any]:
     """An ``outline`` as checkpoints keep it: of a long text, the beginning and the end."""
     text, half = found["content"], SHOWN_CHARACTERS // 2
     return found if len(text) <= SHOWN_CHARACTERS else {**found, "content": f"{text[:half]} … {text[-half:]}"}
+
+
+def total_usage_metadata(drawn: CandidateSet) -> UsageMetadata | None:
+    """Return the usage of all responses in LangChain's form, with details such as cached tokens; None if unreported."""
+    total = drawn.spent
+    found = [UsageMetadata(**cast("Any", {**_NO_USAGE, **total}))] if total else []
+    found += [message.usage_metadata for message in drawn.messages.values() if message.usage_metadata]
+    return reduce(add_usage_metadata, found) if found else None
+
+
+_NO_USAGE = UsageMetadata(input_tokens=0, output_tokens=0, total_tokens=0)
 
 
 def total_usage(drawn: CandidateSet) -> dict[str, int]:

@@ -1,12 +1,14 @@
 """What the chat models of the package share: copies with another class, and streams of one chunk."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
+from difflib import get_close_matches
 from typing import Any, TypeVar, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from pydantic import BaseModel
 
 _Model = TypeVar("_Model", bound=BaseChatModel)
 
@@ -20,6 +22,16 @@ def copy_as(model: _Model, kind: type[BaseChatModel], **fields: Any) -> _Model:
     copy = model.model_copy(update=fields)
     object.__setattr__(copy, "__class__", kind)
     return copy
+
+
+def unknown_argument(cls: type[BaseModel], names: Iterable[str]) -> str | None:
+    """Name an argument that the class does not have, with the one that was probably meant; None if it has all."""
+    known = {name for key, field in cls.model_fields.items() for name in (key, field.alias) if name}
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            return f"{cls.__name__} has no argument {name!r}; " + (f"did you mean {near[0]!r}? " if near else "")
+    return None
 
 
 class OneChunkModel(BaseChatModel):

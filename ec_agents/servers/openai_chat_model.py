@@ -7,7 +7,6 @@ import os
 import sys
 from asyncio import TaskGroup
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any, Generic, Literal, NoReturn, TypeVar, cast
@@ -28,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, model
 from ec_agents.errors import ConfigError
 from ec_agents.logprobs import pack_logprobs, token_signals
 from ec_agents.servers.http_clients import MAX_BODY_BYTES, ResponseLimits, async_http_client, http_client
-from ec_agents.servers.model_classes import OneChunkModel
+from ec_agents.servers.model_classes import OneChunkModel, unknown_argument
 from ec_agents.servers.per_loop import PerLoop
 from ec_agents.servers.providers import Endpoint, capabilities, provider_of, provider_of_client
 from ec_agents.servers.redaction import HIDDEN, client_keys, hide_secrets
@@ -139,16 +138,11 @@ class OpenAIChatModel(OneChunkModel):
     @classmethod
     def _known_arguments(cls, given: Any) -> Any:
         """Refuse misspelt arguments: without a ``base_url``, the prompt would go to the default host."""
-        known = {name for key, field in cls.model_fields.items() for name in (key, field.alias) if name}
-        names: list[str] = list(cast("dict[str, Any]", given)) if isinstance(given, dict) else []
-        for name in names:
-            if name not in known:
-                near = get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise ConfigError(
-                    f"{cls.__name__} has no argument {name!r}; {hint}Other parameters of a request belong in "
-                    "model_kwargs={…}, and those that only the server knows in extra_body={…}"
-                )
+        if problem := unknown_argument(cls, cast("Any", given) if isinstance(given, dict) else ()):
+            raise ConfigError(
+                f"{problem}Other parameters of a request belong in model_kwargs={{…}}, and those that only the server "
+                "knows in extra_body={…}"
+            )
         return cast("Any", given)
 
     def model_post_init(self, context: Any, /) -> None:  # noqa: ARG002 - pydantic's signature
