@@ -5,11 +5,12 @@ responses that were thrown away count too.
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from types import TracebackType
 from typing import Self
@@ -119,7 +120,6 @@ class Budget:
         self._lock = threading.Lock()
         self._in_flight = 0
         self._started: float | None = None
-        self._token: Token[tuple[Budget, ...]] | None = None
 
     @property
     def seconds(self) -> float:
@@ -129,8 +129,7 @@ class Budget:
     def affordable(self, n: int) -> int:
         """Return how many of ``n`` more calls the budget allows, by the mean cost of those before."""
         with self._lock:
-            shares = [self._room(name, limit) for name, limit in self.limits.items()]
-        return max(0, min([n, *(int(share) for share in shares)]))
+            return int(min(n, *(self._room(name, limit) for name, limit in self.limits.items())))
 
     def _room(self, name: str, limit: float) -> float:
         """Return how many more calls fit one limit."""
@@ -138,10 +137,10 @@ class Budget:
         if left <= 0 or name == "calls":
             return max(left, 0)
         if name == "seconds" or not self.spent.responses:
-            return float("1e9")
+            return math.inf
         mean = self._used(name) / self.spent.responses
         # The last response may exceed the limit: one call is always allowed while something is left.
-        return max(left / mean - self._in_flight, 0 if self._in_flight else 1) if mean else float("1e9")
+        return max(left / mean - self._in_flight, 0 if self._in_flight else 1) if mean else math.inf
 
     def _used(self, name: str) -> float:
         return self.seconds if name == "seconds" else getattr(self.spent, name)
@@ -187,15 +186,17 @@ class Budget:
     def __enter__(self) -> Self:
         if self._started is None:
             self._started = time.monotonic()
-        self._token = _OPEN.set((*_OPEN.get(), self))
+        _OPEN.set((*_OPEN.get(), self))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._token is not None:
-            _OPEN.reset(self._token)
-            self._token = None
+        # By value: a budget may be entered in several tasks at once, and left in another order.
+        outer, inner = list(_OPEN.get()), []
+        while outer and (budget := outer.pop()) is not self:
+            inner.append(budget)
+        _OPEN.set((*outer, *reversed(inner)))
 
     async def __aenter__(self) -> Self:
         return self.__enter__()

@@ -213,7 +213,8 @@ class Candidate:
     signals: TokenSignals | None = None
     """None: nothing to measure."""
     usage: Mapping[str, int] | None = None
-    """Token counts of this response, if reported: ``input_tokens``, ``output_tokens``, ``total_tokens``."""
+    """Token counts of this response, if reported: ``input_tokens``, ``output_tokens``, ``total_tokens``, and
+    ``cached_tokens`` where the provider read a part of the input from its cache."""
     flaws: Mapping[str, str] = field(default_factory=dict[str, str])
     """Name of each flaw found so far → what was found."""
     seconds: float | None = None

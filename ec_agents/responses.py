@@ -140,12 +140,21 @@ def finish_reason(*found: Any) -> str | None:
 
 
 def usage_counts(usage: Any) -> dict[str, int] | None:
-    """The token counts of a response, under LangChain's names; None if it reports none."""
+    """Return the token counts of a response, under LangChain's names; None if it reports none.
+
+    Input tokens that the provider read from its cache are ``cached_tokens``, where there are any.
+    """
     counts: Any = dumped(usage)
     if not is_mapping(counts):
         return None
-    found = [(ours, counts.get(name)) for name, ours in _COUNTS.items()]
-    return {ours: count for ours, count in found if is_count(count)} or None
+    found = {ours: count for name, ours in _COUNTS.items() if is_count(count := counts.get(name))}
+    details = (dumped(counts.get(name)) for name in ("input_token_details", "prompt_tokens_details"))
+    cached = next((d.get(name) for d in details if is_mapping(d) for name in _CACHED if d.get(name)), None)
+    return {**found, **({"cached_tokens": cached} if is_count(cached) else {})} or None
+
+
+_CACHED = ("cache_read", "cached_tokens")
+"""LangChain's name, and that of OpenAI-compatible servers."""
 
 
 _COUNTS = {

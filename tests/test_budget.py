@@ -120,6 +120,23 @@ async def test_seconds():
         await sample(hang, n=2)
 
 
+async def test_one_budget_in_several_tasks():
+    """Tasks may enter the same budget at once, and leave it in any order; no call after it is counted."""
+    budget = Budget(calls=1000)
+
+    async def work(number: int) -> None:
+        with budget, Budget(calls=100) as own:
+            await step(number)
+        assert own.spent.calls == number
+        await step(1)
+
+    await asyncio.gather(work(3), work(1), work(2))
+    with budget, budget:
+        pass
+    await step(1)
+    assert budget.spent.calls == 6
+
+
 async def test_tightest_of_nested_budgets():
     with Budget(calls=3), Budget(calls=100) as inner:
         assert len((await step(8)).candidates) == 3
