@@ -193,7 +193,7 @@ class Budget:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         # By value: a budget may be entered in several tasks at once, and left in another order.
-        outer, inner = list(_OPEN.get()), []
+        outer, inner = list(_OPEN.get()), list[Budget]()
         while outer and (budget := outer.pop()) is not self:
             inner.append(budget)
         _OPEN.set((*outer, *reversed(inner)))
